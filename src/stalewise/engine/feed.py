@@ -1,0 +1,61 @@
+"""Batches from the user's iterable, as the first stage takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from stalewise.engine.messages import Activation
+from stalewise.engine.tree import flatten, to_device
+from stalewise.errors import ConfigError
+
+__all__ = ["Feed"]
+
+
+class Feed:
+    """Looks one batch ahead, so that the end is known before a step begins.
+
+    Args:
+        batches: an iterable of (input, target).
+        device: where the inputs go; targets stay where they are.
+    """
+
+    def __init__(self, batches: Any, device: torch.device) -> None:
+        try:
+            self._batches: Iterator[Any] = iter(batches)
+        except TypeError:
+            raise ConfigError(
+                f"batches is a {type(batches).__name__}; it must be an iterable of (input, target) pairs, such as a "
+                "DataLoader. Only ranks above 0 may pass None."
+            ) from None
+        self._device = device
+        self._next: Activation | None = None
+
+    def another(self) -> bool:
+        """Whether a batch is left; reads it."""
+        if self._next is None:
+            for batch in self._batches:
+                self._next = self._activation(batch)
+                break
+        return self._next is not None
+
+    def take(self) -> Activation:
+        """The batch that `another` announced."""
+        assert self._next is not None, "another() must be true"
+        batch, self._next = self._next, None
+        return batch
+
+    def _activation(self, batch: Any) -> Activation:
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            size = f" of {len(batch)}" if isinstance(batch, (tuple, list)) else ""
+            raise ConfigError(
+                f"a batch is a {type(batch).__name__}{size}; it must be a pair (input, target). Pack several inputs "
+                "into a tuple or dict: ((a, b), target)."
+            )
+        values, structure = flatten(to_device(batch[0], self._device))
+        if not values:
+            raise ConfigError("a batch has no tensor in its input; give at least one.")
+        flatten(batch[1])
+        return Activation(values, structure, batch[1])

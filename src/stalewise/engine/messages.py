@@ -1,0 +1,29 @@
+"""What travels over the two queues of a link."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from stalewise.engine.tree import Structure, Tree
+
+__all__ = ["Activation", "Gradient"]
+
+
+class Activation(NamedTuple):
+    """Stage k -> k+1: the output for one batch, and the batch's target on its way to the last stage."""
+
+    values: list[Tensor]
+    structure: Structure
+    target: Tree
+
+
+class Gradient(NamedTuple):
+    """Stage k+1 -> k: the gradient of each leaf of the activation (None where it has none).
+
+    The batch's loss, a scalar, rides along: so every rank learns every loss without a message of its own.
+    """
+
+    values: list[Tensor | None]
+    loss: Tensor

@@ -1,0 +1,169 @@
+"""All stages in one process, one after another: the executable reference.
+
+In every round each stage completes one local step. A stage is left as soon as it needs a message that is not there
+yet, and taken up again in the next sweep over the stages:
+
+    round n, m = (2,1,0):   stage 0: F n .. waits?  no: gradient n-2 came in round n-1   -> done
+                            stage 1: F n, B n-1 ..                                        -> done
+    round n, m = (0,0):     stage 0: F n, then RECV_G n is missing -> stage 1: F n, B n -> stage 0: B n
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from stalewise.engine.engine import Batches, Engine
+from stalewise.engine.feed import Feed
+from stalewise.engine.interpreter import Interpreter
+from stalewise.engine.messages import Activation, Gradient
+from stalewise.engine.score import Score, mean
+from stalewise.engine.stage import Metric, Stage
+from stalewise.engine.state import (
+    load_optimizer_state,
+    load_stage_state,
+    merge_optimizer_states,
+    optimizer_state,
+    stage_state,
+)
+from stalewise.errors import ProgramError
+from stalewise.protocol.actions import Action, Kind
+from stalewise.protocol.program import Program
+from stalewise.protocol.trace import Trace
+
+__all__ = ["SequentialEngine"]
+
+
+class SequentialEngine(Engine):
+    """Executes the program of every stage in this process.
+
+    Args:
+        program: of the method.
+        stages: all K of them, on one device.
+    """
+
+    def __init__(self, program: Program, stages: Sequence[Stage]) -> None:
+        super().__init__(program)
+        self.stages = tuple(stages)
+        self._feed = Feed((), self.stages[0].device)
+        self._drain = True
+        self._links = [_LocalLinks(self) for _ in stages]
+        for upper, lower in zip(self._links, self._links[1:], strict=False):
+            upper.after, lower.before = lower, upper
+        self._interpreters = [
+            Interpreter(stage, stage_program, links)
+            for stage, stage_program, links in zip(stages, program.stages, self._links, strict=True)
+        ]
+
+    def next_batch(self) -> Activation:
+        """The batch that the data loader gave for this round."""
+        return self._feed.take()
+
+    def _open(self, batches: Batches | None, drain: bool) -> None:
+        self._feed = Feed(batches, self.stages[0].device)
+        self._drain = drain
+
+    def _another_batch(self) -> bool:
+        return not self._leaving and self._feed.another()
+
+    def _close(self) -> bool:
+        return self._drain or self._leaving
+
+    def _execute_step(self, step: int, num_batches: int | None) -> None:
+        streams = [deque(stage.step(step, num_batches)) for stage in self.program.stages]
+        while any(streams):
+            progress = False
+            for interpreter, links, stream in zip(self._interpreters, self._links, streams, strict=True):
+                while stream and links.has_what_it_needs(stream[0]):
+                    interpreter.execute(stream.popleft(), self._first_batch)
+                    progress = True
+            if not progress:
+                waiting = ", ".join(f"stage {k} at {stream[0]}" for k, stream in enumerate(streams) if stream)
+                raise ProgramError(f"V9: deadlock in step {step}: {waiting}. Check the program with validate.check.")
+
+    def _losses_until(self, batch: int) -> list[Tensor]:
+        return [interpreter.take_losses(batch) for interpreter in self._interpreters][0]
+
+    def _evaluate(self, batches: Batches | None, metric: Metric) -> float:
+        feed = Feed(batches, self.stages[0].device)
+        score = Score(metric)
+        index = 0
+        with ExitStack() as modes:
+            for stage in self.stages:
+                modes.enter_context(stage.evaluation_mode())
+            while feed.another():
+                activation = feed.take()
+                for stage in self.stages:
+                    activation = stage.infer(activation, index)
+                score.add(activation, self.stages[-1].device)
+                index += 1
+        return mean(*score.totals())
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {name: value for stage in self.stages for name, value in stage_state(stage).items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        for stage in self.stages:
+            load_stage_state(stage, state)
+
+    def optimizer_state_dict(self) -> dict[str, Any]:
+        return merge_optimizer_states([optimizer_state(stage) for stage in self.stages])
+
+    def load_optimizer_state_dict(self, state: Mapping[str, Any]) -> None:
+        for stage in self.stages:
+            load_optimizer_state(stage, state)
+
+    @property
+    def learning_rate(self) -> float | None:
+        return next((stage.learning_rate for stage in self.stages if stage.learning_rate is not None), None)
+
+    @property
+    def traces(self) -> list[Trace]:
+        return [interpreter.trace for interpreter in self._interpreters]
+
+
+class _LocalLinks:
+    """The four queues that a stage sees, within one process."""
+
+    def __init__(self, engine: SequentialEngine) -> None:
+        self.before: _LocalLinks | None = None
+        self.after: _LocalLinks | None = None
+        self._engine = engine
+        self._activations: deque[tuple[int, Activation]] = deque()
+        self._gradients: deque[tuple[int, Gradient]] = deque()
+
+    def has_what_it_needs(self, action: Action) -> bool:
+        if action.kind is Kind.RECEIVE_ACTIVATION:
+            return bool(self._activations)
+        if action.kind is Kind.RECEIVE_GRADIENT:
+            return bool(self._gradients)
+        return True
+
+    def load(self, batch: int) -> Activation:
+        return self._engine.next_batch()
+
+    def receive_activation(self, batch: int) -> Activation:
+        return _expect(batch, *self._activations.popleft())
+
+    def send_activation(self, batch: int, activation: Activation) -> None:
+        assert self.after is not None, "the last stage sends no activation (V1)"
+        self.after._activations.append((batch, activation))
+
+    def receive_gradient(self, batch: int) -> Gradient:
+        return _expect(batch, *self._gradients.popleft())
+
+    def send_gradient(self, batch: int, gradient: Gradient) -> None:
+        assert self.before is not None, "the first stage sends no gradient (V1)"
+        self.before._gradients.append((batch, gradient))
+
+
+Message = TypeVar("Message", Activation, Gradient)
+
+
+def _expect(batch: int, arrived: int, message: Message) -> Message:
+    assert arrived == batch, f"batch {arrived} at the head of a link where {batch} is due (V6)"
+    return message

@@ -1,0 +1,105 @@
+"""A model as a chain of layers, and its cut into stages.
+
+Layers may be modules or factories (callables that build one). A factory is called only where its stage lives, so a
+model may be larger than any one host.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+from torch import nn
+
+from stalewise.errors import ConfigError, PlanError
+
+__all__ = ["Chain", "LayerSource"]
+
+LayerSource = nn.Module | Callable[[], nn.Module]
+"""A layer, or what builds it."""
+
+
+class Chain:
+    """The layers of a model in order, with the names that they have in the unsplit model.
+
+    Args:
+        model: an `nn.Sequential`, or a list of modules and factories that stands for `nn.Sequential(*list)`.
+
+    Raises:
+        ConfigError: where the model is neither.
+    """
+
+    def __init__(self, model: nn.Sequential | Sequence[LayerSource]) -> None:
+        if isinstance(model, nn.Sequential):
+            named: list[tuple[str, LayerSource]] = list(model.named_children())
+        elif isinstance(model, nn.Module) or not isinstance(model, Sequence):
+            raise ConfigError(
+                f"model is a {type(model).__name__}; it must be an nn.Sequential or a list of modules, one after "
+                "another, so that it can be cut between them. Write its forward as a chain of modules."
+            )
+        else:
+            named = [(str(index), layer) for index, layer in enumerate(model)]
+        for name, layer in named:
+            if not isinstance(layer, nn.Module) and not callable(layer):
+                raise ConfigError(
+                    f"layer {name} of the model is a {type(layer).__name__}; each must be a module or a function "
+                    "without arguments that builds one."
+                )
+        if not named:
+            raise ConfigError("the model has no layers; give at least one.")
+        self.names = tuple(name for name, _ in named)
+        self.layers = tuple(layer for _, layer in named)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def describe(self) -> list[str]:
+        """A line per layer that is equal wherever the same model was built: name, type, parameter shapes."""
+        return [
+            f"{name}:{type(layer).__name__}:"
+            + ",".join(f"{key}{tuple(value.shape)}" for key, value in layer.state_dict().items())
+            if isinstance(layer, nn.Module)
+            else f"{name}:factory"
+            for name, layer in zip(self.names, self.layers, strict=True)
+        ]
+
+    def build(self, cuts: Sequence[int], stage: int) -> nn.Sequential:
+        """The layers of one stage as a module whose parameters have the names of the unsplit model.
+
+        Args:
+            cuts: indices of the first layer of stages 1 .. K-1.
+            stage: which stage; factories of other stages are not called.
+        """
+        start, end = list(pairwise((0, *cuts, len(self))))[stage]
+        built: OrderedDict[str, nn.Module] = OrderedDict()
+        for name, source in zip(self.names[start:end], self.layers[start:end], strict=True):
+            layer = source if isinstance(source, nn.Module) else source()
+            if not isinstance(layer, nn.Module):
+                raise ConfigError(
+                    f"the factory of layer {name} returned a {type(layer).__name__}; it must return a module."
+                )
+            built[name] = layer
+        return nn.Sequential(built)
+
+    def check_nothing_shared(self, cuts: Sequence[int]) -> None:
+        """Refuse parameters and buffers that two stages share.
+
+        Raises:
+            PlanError: naming both places.
+        """
+        owner: dict[int, tuple[int, str]] = {}
+        for stage, (start, end) in enumerate(pairwise((0, *cuts, len(self)))):
+            for layer_name, layer in zip(self.names[start:end], self.layers[start:end], strict=True):
+                if not isinstance(layer, nn.Module):
+                    continue
+                for tensors in (layer.named_parameters, layer.named_buffers):
+                    for name, tensor in tensors(remove_duplicate=False):
+                        full_name = f"{layer_name}.{name}"
+                        first_stage, first_name = owner.setdefault(id(tensor), (stage, full_name))
+                        if first_stage != stage:
+                            raise PlanError(
+                                f"{first_name!r} (stage {first_stage}) and {full_name!r} (stage {stage}) are the "
+                                "same tensor; a stage owns its weights, so tied ones must lie in one stage. Move the "
+                                "cut so that both are on one side, or give one layer a copy of its own."
+                            )

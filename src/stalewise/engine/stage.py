@@ -1,0 +1,253 @@
+"""One stage: some consecutive layers, their weights, their optimizer, and the batches in between.
+
+What a stage keeps per batch between its passes:
+
+    forward    ->  stored input                      (m_k + 1 of them at most)
+    recompute  ->  graph: input leaves and outputs   (forward itself where no recompute follows)
+    backward   ->  nothing
+
+Random layers, buffers and layers that work in place follow dsp.md, section 3: see `randomness`, `buffers` and
+`_Isolation`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from stalewise.engine.buffers import BufferGuard
+from stalewise.engine.layout import dense
+from stalewise.engine.messages import Activation
+from stalewise.engine.randomness import random_stream, stream_seed
+from stalewise.engine.tree import Structure, Tree, flatten, unflatten
+from stalewise.errors import ConfigError
+
+__all__ = ["LossFunction", "Metric", "Stage"]
+
+LossFunction = Callable[[Tree, Tree], Tensor]
+"""(output, target) -> a scalar that requires grad: the batch's mean loss."""
+
+Metric = Callable[[Tree, Tree], Tensor | float]
+"""(output, target) -> a scalar: the batch's mean."""
+
+Unit = tuple[int, int | None]
+"""Global index of a batch, and index of the micro-batch in it."""
+
+
+@dataclass(frozen=True, slots=True)
+class _StoredInput:
+    values: list[Tensor]
+    structure: Structure
+    target: Tree
+
+
+@dataclass(frozen=True, slots=True)
+class _Graph:
+    inputs: list[Tensor]
+    outputs: list[Tensor]
+
+
+class Stage:
+    """The layers of one stage and everything that belongs to them; complete when built.
+
+    Args:
+        module: the layers, on `device`.
+        index: k.
+        num_stages: K.
+        device: where passes run.
+        seed: of the run; seeds the random streams of the passes.
+        optimizer: of the trainable parameters; None where there are none.
+        lr_scheduler: stepped once per update, or None.
+        loss_fn: used on the last stage only.
+        clip_grad_norm: largest norm of this stage's gradient (each stage for itself), or None.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        index: int,
+        num_stages: int,
+        device: torch.device,
+        seed: int,
+        optimizer: Optimizer | None,
+        lr_scheduler: LRScheduler | None,
+        loss_fn: LossFunction,
+        clip_grad_norm: float | None = None,
+    ) -> None:
+        self.module = module
+        self.index = index
+        self.device = device
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.num_updates = 0
+        self.peak_stored_inputs = 0
+        self.is_first = index == 0
+        self.is_last = index == num_stages - 1
+        self._seed = seed
+        self._loss_fn = loss_fn
+        self._clip_grad_norm = clip_grad_norm
+        self._trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        self._buffer_guard = BufferGuard(module)
+        self._isolation = _Isolation(index)
+        self._stored: dict[Unit, _StoredInput] = {}
+        self._graphs: dict[Unit, _Graph] = {}
+
+    def forward(
+        self, activation: Activation, batch: int, micro_batch: int | None = None, *, keep_graph: bool
+    ) -> Activation:
+        """Forward one batch with the current weights and keep its input.
+
+        Args:
+            activation: what the stage before sent.
+            batch: global index.
+            micro_batch: index within the batch, or None.
+            keep_graph: build the graph now. False where a recompute will: then nothing but the input is kept and
+                buffers are as before.
+
+        Returns:
+            The output (detached), or on the last stage the loss as the only value.
+        """
+        unit = (batch, micro_batch)
+        self._stored[unit] = stored = _StoredInput(*activation)
+        self.peak_stored_inputs = max(self.peak_stored_inputs, len({number for number, _ in self._stored}))
+        values, structure = self._pass(stored, unit, with_graph=keep_graph)
+        return Activation([self._sendable(value) for value in values], structure, activation.target)
+
+    def recompute(self, batch: int, micro_batch: int | None = None) -> None:
+        """Forward a stored input again, with the weights of now, and keep the graph."""
+        self._pass(self._stored[batch, micro_batch], (batch, micro_batch), with_graph=True)
+
+    def backward(
+        self, gradients: Sequence[Tensor | None] | None, batch: int, micro_batch: int | None = None
+    ) -> list[Tensor | None]:
+        """Backward a batch whose graph is kept; parameters accumulate, the stored input is dropped.
+
+        Args:
+            gradients: one per leaf of the output, of its shape and dtype (None: no gradient); None on the last
+                stage, which starts from the loss.
+
+        Returns:
+            The gradient of each leaf of the input; None for leaves that have none, such as integers.
+        """
+        graph = self._graphs.pop((batch, micro_batch))
+        del self._stored[batch, micro_batch]
+        received = [None] * len(graph.outputs) if gradients is None else gradients
+        roots = [
+            (output, gradient)
+            for output, gradient in zip(graph.outputs, received, strict=True)
+            if output.requires_grad and (gradient is not None or gradients is None)
+        ]
+        if roots:
+            torch.autograd.backward([root for root, _ in roots], [gradient for _, gradient in roots])
+        return [None if leaf.grad is None else dense(leaf.grad) for leaf in graph.inputs]
+
+    def update(self) -> None:
+        """Update the weights with the accumulated gradients, and step the LR scheduler."""
+        self.num_updates += 1
+        if self.optimizer is None:
+            return
+        if self._clip_grad_norm is not None:
+            nn.utils.clip_grad_norm_(self._trainable, self._clip_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.lr_scheduler is not None:
+            self.lr_scheduler.step()
+
+    def infer(self, activation: Activation, batch: int) -> Activation:
+        """Forward without a graph and without keeping anything, in the mode the modules are in."""
+        with random_stream(stream_seed(self._seed, self.index, batch), self.device), torch.no_grad():
+            values, structure = flatten(self.module(unflatten(activation.structure, activation.values)))
+        return Activation([self._sendable(value) for value in values], structure, activation.target)
+
+    @contextmanager
+    def evaluation_mode(self) -> Iterator[None]:
+        """Every module in eval mode inside; each in its own mode after."""
+        modes = [(module, module.training) for module in self.module.modules()]
+        self.module.eval()
+        try:
+            yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
+
+    @property
+    def learning_rate(self) -> float | None:
+        """Of the first parameter group, now; None without an optimizer."""
+        return None if self.optimizer is None else float(self.optimizer.param_groups[0]["lr"])
+
+    def _pass(self, stored: _StoredInput, unit: Unit, *, with_graph: bool) -> tuple[list[Tensor], Structure]:
+        """One pass over the layers, from the stream of its own; keeps the graph if it builds one."""
+        stream = stream_seed(self._seed, self.index, *unit)
+        buffers = nullcontext() if with_graph else self._buffer_guard.unchanged()
+        with random_stream(stream, self.device), buffers, torch.set_grad_enabled(with_graph):
+            leaves, inputs = self._isolation.inputs(stored.values, with_graph=with_graph)
+            output = self.module(unflatten(stored.structure, inputs))
+            if self.is_last:
+                output = self._checked_loss(self._loss_fn(output, stored.target))
+            values, structure = flatten(output)
+        self._isolation.check(inputs, unit[0])
+        if with_graph:
+            self._graphs[unit] = _Graph(leaves, values)
+        return values, structure
+
+    def _checked_loss(self, loss: Tensor) -> Tensor:
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise ConfigError(
+                f"loss_fn returned {got}; it must return the batch's loss as one number in a tensor. "
+                "Reduce it, for example with .mean()."
+            )
+        if not loss.requires_grad and (self._trainable or self.index > 0):
+            raise ConfigError(
+                "loss_fn returned a tensor that does not require grad; nothing could be trained. Compute the loss "
+                "from the output with differentiable operations, without .detach(), .item() or torch.no_grad()."
+            )
+        return loss.reshape(())
+
+    def _sendable(self, value: Tensor) -> Tensor:
+        """Detached, dense, and never the memory of a weight or buffer, which the next update would change."""
+        value = dense(value.detach())
+        storage = value.untyped_storage().data_ptr()
+        own = (*self.module.parameters(), *self.module.buffers())
+        return value.clone() if any(storage == tensor.untyped_storage().data_ptr() for tensor in own) else value
+
+
+class _Isolation:
+    """Gives layers their input so that the stored one stays as it is.
+
+    A first layer that works in place (an in-place ReLU) would change what the recompute starts from. The first pass
+    runs on copies and sees from the tensors' version counters whether that happens; only then later passes copy too.
+    """
+
+    def __init__(self, stage: int) -> None:
+        self._stage = stage
+        self._copies: bool | None = None
+        self._versions: list[int] = []
+
+    def inputs(self, stored: Sequence[Tensor], *, with_graph: bool) -> tuple[list[Tensor], list[Tensor]]:
+        """The leaves that collect gradients, and what the layers get."""
+        leaves = list(stored)
+        if with_graph:
+            leaves = [leaf.detach().requires_grad_(leaf.is_floating_point() and self._stage > 0) for leaf in stored]
+        given = leaves if self._copies is False else [leaf.clone() for leaf in leaves]
+        self._versions = [value._version for value in given]
+        return leaves, given
+
+    def check(self, given: Sequence[Tensor], batch: int) -> None:
+        """Learn from the first pass, and hold later ones to it."""
+        changed = any(value._version != version for value, version in zip(given, self._versions, strict=True))
+        if self._copies is None:
+            self._copies = changed
+        elif changed and not self._copies:
+            raise ConfigError(
+                f"stage {self._stage} changed its input in place in batch {batch}, but not in its first batch; the "
+                "stored input of this batch is lost. Make the first layer always or never work in place."
+            )
+

@@ -1,0 +1,62 @@
+"""Every error that stalewise raises on purpose.
+
+    StalewiseError
+    ├── ConfigError (ValueError)      the user asked for something that cannot be
+    │   ├── PlanError                 a model cannot be cut as asked
+    │   └── DataError                 a data set cannot be read
+    ├── ProgramError                  a program breaks one of the numbered rules of `protocol.validate`
+    ├── TransportError                what arrived over a link is not what was expected
+    │   ├── PeerLost                  the process at the other end is gone
+    │   └── ReceiveTimeout            nothing arrived in time
+    └── WorkerError                   a worker of a launched job failed; carries the original traceback
+
+A message says what happened, with values; the rule; and what to do.
+"""
+
+__all__ = [
+    "ConfigError",
+    "DataError",
+    "PeerLost",
+    "PlanError",
+    "ProgramError",
+    "ReceiveTimeout",
+    "StalewiseError",
+    "TransportError",
+    "WorkerError",
+]
+
+
+class StalewiseError(Exception):
+    """Base of all errors of this library."""
+
+
+class ConfigError(StalewiseError, ValueError):
+    """An argument, an option or a combination of them is not valid."""
+
+
+class PlanError(ConfigError):
+    """A model cannot be cut into the stages that were asked for."""
+
+
+class DataError(ConfigError):
+    """A data set is missing, truncated or malformed."""
+
+
+class ProgramError(StalewiseError):
+    """A program breaks a rule of `stalewise.protocol.validate`."""
+
+
+class TransportError(StalewiseError):
+    """A message is not the one that the program expects."""
+
+
+class PeerLost(TransportError):
+    """The process at the other end of a link is gone."""
+
+
+class ReceiveTimeout(TransportError):
+    """A message did not arrive in time."""
+
+
+class WorkerError(StalewiseError):
+    """A worker of a distributed job failed; the message holds its own traceback."""

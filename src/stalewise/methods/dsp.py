@@ -1,0 +1,120 @@
+"""DSP: Diversely Stale Parameters.
+
+Local step n of stage k (dsp.md, section 3), with j = n - m_k:
+
+    RECV_A n   F n   SEND_A n   R j   RECV_G j   B j   SEND_G j   U
+
+Forward and recompute use the weights of the moment; there is one copy of them. A stage with m_k = 0 has the graph
+of its forward still at hand and does not recompute: with m = (0, .., 0) this is plain backpropagation.
+
+Source: Xu, Huo, Huang, On the Acceleration of Deep Learning Model Parallelism with Staleness, CVPR 2020,
+arXiv:1909.02625 [S for the ideas, D for the order of the actions].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from stalewise.errors import ConfigError
+from stalewise.methods.method import Method, backward_slots, forward_slots
+from stalewise.protocol.program import StageProgram
+from stalewise.protocol.staleness import LinkState, Staleness, whole_numbers
+
+__all__ = ["DSP"]
+
+
+@dataclass(frozen=True, init=False)
+class DSP(Method):
+    """Diversely Stale Parameters, DSP(p_0..p_{K-1}; m_0..m_{K-1}) in the paper's notation.
+
+    Args:
+        staleness: m_k, local steps between a batch's forward and its backward on stage k.
+        queue: p_k, slack of the activation link k -> k+1 in batches. It labels how the slack of a link is split
+            between its two directions; no engine blocks on it and no number depends on it. None: half of each
+            link's slack, rounded up.
+
+    Raises:
+        ConfigError: where the two break the rules m_{K-1} = p_{K-1} = 0, m_k >= m_{k+1}, q_{k+1} >= 0.
+    """
+
+    name: ClassVar[str] = "dsp"
+
+    queue: tuple[int, ...]
+    _staleness: Staleness
+
+    def __init__(self, *, staleness: Sequence[int], queue: Sequence[int] | None = None) -> None:
+        depths = staleness if isinstance(staleness, Staleness) else Staleness(staleness)
+        if queue is None:
+            queue = tuple((slack + 1) // 2 for slack in depths.slack)
+        object.__setattr__(self, "_staleness", depths)
+        object.__setattr__(self, "queue", _checked_queue(queue, depths))
+
+    @classmethod
+    def minimal(cls, num_stages: int) -> DSP:
+        """The least staleness that decouples every stage: p_k = 1, m_k = 2(K-1-k) [D].
+
+        Args:
+            num_stages: K >= 1.
+        """
+        if isinstance(num_stages, bool) or not isinstance(num_stages, int) or num_stages < 1:
+            raise ConfigError(f"num_stages is {num_stages!r}; a pipeline has at least 1 stage.")
+        return cls(
+            queue=(*[1] * (num_stages - 1), 0),
+            staleness=[2 * (num_stages - 1 - stage) for stage in range(num_stages)],
+        )
+
+    @property
+    def staleness(self) -> Staleness:
+        """m_k per stage, in batches."""
+        return self._staleness
+
+    @property
+    def slack(self) -> tuple[int, ...]:
+        """d_k = m_k - m_{k+1}: batches that stage k may run ahead of stage k+1; 0 for the last."""
+        return self._staleness.slack
+
+    @property
+    def gradient_queue(self) -> tuple[int, ...]:
+        """q_k, slack of the gradient link k -> k-1: q_{k+1} = m_k - m_{k+1} - p_k [D]; q_0 = 0."""
+        return (0, *(slack - ahead for slack, ahead in zip(self.slack[:-1], self.queue[:-1], strict=True)))
+
+    @property
+    def links(self) -> tuple[LinkState, ...]:
+        """What each link allows: locked, overlapped without slack, or decoupled."""
+        return self._staleness.links
+
+    def stage_program(self, stage: int) -> StageProgram:
+        """The local step of stage `stage`."""
+        lag = self._staleness[stage]
+        return StageProgram(
+            forward_slots(stage, self.num_stages)
+            + backward_slots(stage, self.num_stages, lag=lag, recompute=lag > 0)
+        )
+
+    def __repr__(self) -> str:
+        return f"DSP(queue={self.queue}, staleness={self._staleness.values})"
+
+
+def _checked_queue(queue: Sequence[int], staleness: Staleness) -> tuple[int, ...]:
+    checked = whole_numbers("queue", queue)
+    if len(checked) != len(staleness):
+        raise ConfigError(
+            f"queue {checked} has {len(checked)} entries and staleness {staleness.values} has {len(staleness)}; "
+            "give one of each per stage."
+        )
+    if checked[-1] != 0:
+        raise ConfigError(
+            f"queue {checked} ends with {checked[-1]}; the last stage sends no activation, so its queue is 0. "
+            f"Did you mean {(*checked[:-1], 0)}?"
+        )
+    for stage, (ahead, slack) in enumerate(zip(checked, staleness.slack, strict=True)):
+        if ahead > slack:
+            here, after = staleness[stage], staleness[stage + 1]
+            raise ConfigError(
+                f"queue[{stage}] is {ahead}, more than the slack of link {stage} -> {stage + 1}, "
+                f"staleness[{stage}] - staleness[{stage + 1}] = {here} - {after} = {slack}; the gradient queue "
+                f"would be negative. Use queue[{stage}] <= {slack}, or staleness[{stage}] >= {after + ahead}."
+            )
+    return checked

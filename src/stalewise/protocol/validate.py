@@ -1,0 +1,235 @@
+"""The rules that every program keeps, checked by a dry run without tensors.
+
+    V1  a stage's actions fit its place: only the first loads, only the last sends no activation, ...
+    V2  every batch is forwarded exactly once on every stage, in order (FIFO)
+    V3  every batch is backwarded exactly once on every stage, in order (FIFO)
+    V4  an action finds what it needs: its input, its graph (a recompute where the forward kept none), its gradient
+    V5  realised staleness = declared: when B j runs, the newest forwarded batch is j + m_k, less only in the drain
+    V6  every message is received once, in the order in which it was sent
+    V7  a stage holds at most m_k + 1 stored inputs
+    V8  a link holds at most m_k + 1 batches in warm-up and d_k + 1 after it, whoever runs ahead
+    V9  no deadlock: some stage can always go on until all are done
+    V10 every backward is followed by an update, and nothing is left at the end: no input, graph, message or gradient
+
+The dry run covers prologue, several periods and epilogue; what follows repeats (see `protocol.program`). It is run
+twice, once with the first stages as far ahead as they can get and once with the last, because V8 must hold whatever
+any device does. Numbers of V7 and V8: dsp.md, section 3 [D].
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from stalewise.errors import ProgramError
+from stalewise.protocol.actions import Action, Kind
+from stalewise.protocol.program import Program
+
+__all__ = ["check", "violations"]
+
+Unit = tuple[int, int | None]
+"""Batch and micro-batch."""
+
+
+def check(program: Program) -> None:
+    """Raise the first violation of a rule.
+
+    Raises:
+        ProgramError: naming rule, stage and action.
+    """
+    for violation in violations(program):
+        raise ProgramError(violation)
+
+
+def violations(program: Program, *, num_batches: int | None = None) -> list[str]:
+    """Every violation found in a run of `num_batches` batches.
+
+    Args:
+        program: what to check.
+        num_batches: None for enough to see prologue, three periods and epilogue.
+    """
+    batches = 2 * program.max_lag + 4 if num_batches is None else num_batches
+    streams = [list(stage.actions(batches)) for stage in program.stages]
+    return run_streams(program, streams, batches)
+
+
+def run_streams(program: Program, streams: list[list[Action]], num_batches: int) -> list[str]:
+    """The same for explicit streams of actions, one per stage, that claim to execute `program`."""
+    found: dict[str, None] = {}
+    for upstream_first in (True, False):
+        found.update(dict.fromkeys(_DryRun(program, streams, num_batches).run(upstream_first=upstream_first)))
+    return list(found)
+
+
+@dataclass
+class _StageState:
+    forwarded: list[Unit] = field(default_factory=list)
+    backwarded: list[Unit] = field(default_factory=list)
+    received: set[Unit] = field(default_factory=set)
+    stored: set[Unit] = field(default_factory=set)
+    graphs: set[Unit] = field(default_factory=set)
+    outputs: set[Unit] = field(default_factory=set)
+    gradients: set[Unit] = field(default_factory=set)
+    input_gradients: set[Unit] = field(default_factory=set)
+    pending_update: bool = False
+
+
+class _DryRun:
+    """Executes streams on states that only remember which batches are where."""
+
+    def __init__(self, program: Program, streams: list[list[Action]], num_batches: int) -> None:
+        self.program = program
+        self.num_batches = num_batches
+        self.last = program.num_stages - 1
+        self.streams = [deque(stream) for stream in streams]
+        self.stages = [_StageState() for _ in streams]
+        self.activations: list[deque[Unit]] = [deque() for _ in streams]
+        self.gradients: list[deque[Unit]] = [deque() for _ in streams]
+
+    def run(self, *, upstream_first: bool) -> Iterator[str]:
+        order = range(self.last + 1) if upstream_first else range(self.last, -1, -1)
+        while any(self.streams):
+            stage = next((stage for stage in order if self._ready(stage)), None)
+            if stage is None:
+                blocked = ", ".join(
+                    f"stage {stage} waits at {stream[0]}" for stage, stream in enumerate(self.streams) if stream
+                )
+                yield f"V9: deadlock: {blocked}, and no message is on its way."
+                return
+            action = self.streams[stage].popleft()
+            for rule, text in self._execute(stage, action):
+                yield f"{rule}: stage {stage}, {action}: {text}"
+        yield from self._at_the_end()
+
+    def _ready(self, stage: int) -> bool:
+        if not self.streams[stage]:
+            return False
+        kind = self.streams[stage][0].kind
+        if kind is Kind.RECEIVE_ACTIVATION and stage > 0:
+            return bool(self.activations[stage])
+        if kind is Kind.RECEIVE_GRADIENT and stage < self.last:
+            return bool(self.gradients[stage])
+        return True
+
+    def _execute(self, stage: int, action: Action) -> Iterable[tuple[str, str]]:
+        state = self.stages[stage]
+        unit = (-1 if action.batch is None else action.batch, action.micro_batch)
+        match action.kind:
+            case Kind.LOAD:
+                if stage != 0:
+                    yield "V1", "only stage 0 loads."
+                state.received.add(unit)
+            case Kind.RECEIVE_ACTIVATION:
+                if stage == 0:
+                    yield "V1", "stage 0 has no stage before it."
+                else:
+                    yield from self._take(self.activations[stage], unit)
+                state.received.add(unit)
+            case Kind.FORWARD:
+                yield from self._forward(stage, state, unit)
+            case Kind.SEND_ACTIVATION:
+                if stage == self.last:
+                    yield "V1", "the last stage has nobody to send an activation to."
+                    return
+                yield from _remove("V4", state.outputs, unit, "has no output to send")
+                self.activations[stage + 1].append(unit)
+                yield from self._link_bound(stage)
+            case Kind.RECOMPUTE:
+                if unit not in state.stored:
+                    yield "V4", "has no stored input to recompute from."
+                state.graphs.add(unit)
+            case Kind.RECEIVE_GRADIENT:
+                if stage == self.last:
+                    yield "V1", "the last stage gets its gradient from the loss."
+                else:
+                    yield from self._take(self.gradients[stage], unit)
+                state.gradients.add(unit)
+            case Kind.BACKWARD:
+                yield from self._backward(stage, state, unit)
+            case Kind.SEND_GRADIENT:
+                if stage == 0:
+                    yield "V1", "stage 0 has nobody to send a gradient to."
+                    return
+                yield from _remove("V4", state.input_gradients, unit, "has no gradient to send")
+                self.gradients[stage - 1].append(unit)
+            case Kind.UPDATE:
+                if not state.pending_update:
+                    yield "V10", "there is no gradient to update with."
+                state.pending_update = False
+
+    def _forward(self, stage: int, state: _StageState, unit: Unit) -> Iterable[tuple[str, str]]:
+        yield from _remove("V4", state.received, unit, "was not received")
+        yield from _in_order("V2", state.forwarded, unit)
+        state.forwarded.append(unit)
+        state.stored.add(unit)
+        bound = self.program.staleness[stage] + 1
+        if len({batch for batch, _ in state.stored}) > bound:
+            yield "V7", f"{len(state.stored)} inputs are stored; at most m_{stage} + 1 = {bound} may be."
+        if not self.program.stages[stage].recomputes:
+            state.graphs.add(unit)
+        if stage < self.last:
+            state.outputs.add(unit)
+
+    def _backward(self, stage: int, state: _StageState, unit: Unit) -> Iterable[tuple[str, str]]:
+        yield from _in_order("V3", state.backwarded, unit)
+        yield from _remove("V4", state.graphs, unit, "has no graph")
+        if stage < self.last:
+            yield from _remove("V4", state.gradients, unit, "has no gradient")
+        state.stored.discard(unit)
+        state.backwarded.append(unit)
+        newest = max((batch for batch, _ in state.forwarded), default=-1)
+        declared = self.program.staleness[stage]
+        if newest != min(unit[0] + declared, self.num_batches - 1):
+            yield "V5", f"batch {newest} is the newest forward; staleness {declared} wants {unit[0] + declared}."
+        if stage > 0:
+            state.input_gradients.add(unit)
+        state.pending_update = True
+
+    def _take(self, link: deque[Unit], unit: Unit) -> Iterable[tuple[str, str]]:
+        head = link.popleft()
+        if head != unit:
+            yield "V6", f"the message at the head of the link is of batch {head[0]}."
+
+    def _link_bound(self, stage: int) -> Iterable[tuple[str, str]]:
+        here, after = self.stages[stage], self.stages[stage + 1]
+        held = len({batch for batch, _ in self.activations[stage + 1]})
+        held += len({batch for batch, _ in here.gradients} | {batch for batch, _ in self.gradients[stage]})
+        warm = bool(after.backwarded)
+        slack, depth = self.program.staleness.slack[stage], self.program.staleness[stage]
+        bound = (slack if warm else depth) + 1
+        if held > bound:
+            yield "V8", f"link {stage} -> {stage + 1} holds {held} batches; at most {bound} may be in it."
+
+    def _at_the_end(self) -> Iterator[str]:
+        for stage, state in enumerate(self.stages):
+            for rule, name, done in (("V2", "forwarded", state.forwarded), ("V3", "backwarded", state.backwarded)):
+                missing = set(range(self.num_batches)) - {batch for batch, _ in done}
+                if missing:
+                    yield f"{rule}: stage {stage} never {name} batches {sorted(missing)}."
+            left = {
+                "inputs": state.stored or state.received,
+                "graphs": state.graphs,
+                "gradients": state.gradients or state.input_gradients or self.gradients[stage],
+                "activations": state.outputs or self.activations[stage],
+            }
+            for name, units in left.items():
+                if units:
+                    yield f"V10: stage {stage} ends with {name} of batches {sorted(batch for batch, _ in units)}."
+            if state.pending_update:
+                yield f"V10: stage {stage} ends with gradients that no update used."
+
+
+def _remove(rule: str, units: set[Unit], unit: Unit, text: str) -> Iterable[tuple[str, str]]:
+    if unit not in units:
+        yield rule, f"batch {unit[0]} {text}."
+    units.discard(unit)
+
+
+def _in_order(rule: str, done: list[Unit], unit: Unit) -> Iterable[tuple[str, str]]:
+    if unit in done:
+        yield rule, "was done before."
+    elif done and (unit[0], unit[1] or 0) < (done[-1][0], done[-1][1] or 0):
+        yield rule, f"comes after batch {done[-1][0]}; batches keep their order."
+    elif not done and unit[0] != 0:
+        yield rule, "comes first; batches start at 0."
