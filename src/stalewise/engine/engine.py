@@ -95,13 +95,13 @@ class Engine(abc.ABC):
         while self._another_batch():
             yield self._complete_step(self._step, None)
             self._step += 1
-        if not self._close():
-            return
-        num_batches = self._step
-        for step in range(num_batches, num_batches + self._depth if num_batches else 0):
-            yield self._complete_step(step, num_batches)
-        self._first_batch += num_batches
-        self._step = 0
+        if self._close():
+            num_batches = self._step
+            for step in range(num_batches, num_batches + self._depth if num_batches else 0):
+                yield self._complete_step(step, num_batches)
+            self._first_batch += num_batches
+            self._step = 0
+        self._finish()
 
     def _complete_step(self, step: int, num_batches: int | None) -> list[Tensor]:
         try:
@@ -133,6 +133,10 @@ class Engine(abc.ABC):
     @abc.abstractmethod
     def _close(self) -> bool:
         """All batches were taken; returns whether the pipeline is to be drained."""
+
+    @abc.abstractmethod
+    def _finish(self) -> None:
+        """The session is over: every message of it is handed on."""
 
     @abc.abstractmethod
     def _execute_step(self, step: int, num_batches: int | None) -> None:
@@ -171,3 +175,7 @@ class Engine(abc.ABC):
     @abc.abstractmethod
     def traces(self) -> list[Trace]:
         """The records of the stages that this engine holds."""
+
+    @abc.abstractmethod
+    def statuses(self) -> list[dict[str, Any]]:
+        """How each stage is doing (see `Interpreter.status`), where this process knows it."""

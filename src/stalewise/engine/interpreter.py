@@ -15,13 +15,13 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from stalewise.engine.messages import Activation, Gradient
 from stalewise.engine.stage import Stage
-from stalewise.protocol.actions import Action, Kind
+from stalewise.protocol.actions import COMPUTE, Action, Kind
 from stalewise.protocol.program import StageProgram
 from stalewise.protocol.trace import Trace
 
@@ -58,6 +58,12 @@ class Interpreter:
         program: its local step.
         links: its messages.
         clock: nanoseconds for the trace.
+
+    Attributes:
+        batch: global index of the batch last acted on; -1 before the first.
+        action: the kind of the action last begun; None before the first.
+        time_ns: time spent so far, by kind of action.
+        trace: the record.
     """
 
     def __init__(
@@ -78,7 +84,14 @@ class Interpreter:
         self._outbox: dict[Unit, Activation] = {}
         self._gradients: dict[Unit, Gradient] = {}
         self._input_gradients: dict[Unit, Gradient] = {}
-        self._last_batch = -1
+        self.batch = -1
+        self.action: Kind | None = None
+        self.time_ns = dict.fromkeys(Kind, 0)
+
+    @property
+    def waiting_ns(self) -> int:
+        """Time spent waiting for messages so far."""
+        return self.time_ns[Kind.RECEIVE_ACTIVATION] + self.time_ns[Kind.RECEIVE_GRADIENT]
 
     def execute(self, action: Action, first_batch: int) -> None:
         """Do what the action says.
@@ -88,12 +101,27 @@ class Interpreter:
             first_batch: global index of that start.
         """
         start = self._clock()
+        if action.batch is not None:
+            self.batch = first_batch + action.batch
+        self.action = action.kind
         if action.batch is None:
             self.stage.update()
         else:
-            self._last_batch = first_batch + action.batch
-            self._act(action.kind, (self._last_batch, action.micro_batch))
-        self.trace.add(action, self._last_batch, start, self._clock())
+            self._act(action.kind, (self.batch, action.micro_batch))
+        end = self._clock()
+        self.time_ns[action.kind] += end - start
+        self.trace.add(action, self.batch, start, end)
+
+    def status(self) -> dict[str, Any]:
+        """How the stage is doing, as JSON values; counters grow from the start of the run."""
+        return {
+            "stage": self.stage.index,
+            "batch": self.batch,
+            "updates": self.stage.num_updates,
+            "time_ns": self._clock(),
+            "busy_ns": sum(self.time_ns[kind] for kind in COMPUTE),
+            "wait_ns": self.waiting_ns,
+        }
 
     def take_losses(self, batch: int) -> list[Tensor]:
         """The losses not yet taken, of the batches up to global index `batch`, in order."""

@@ -73,6 +73,9 @@ class SequentialEngine(Engine):
     def _close(self) -> bool:
         return self._drain or self._leaving
 
+    def _finish(self) -> None:
+        pass
+
     def _execute_step(self, step: int, num_batches: int | None) -> None:
         streams = [deque(stage.step(step, num_batches)) for stage in self.program.stages]
         while any(streams):
@@ -116,6 +119,9 @@ class SequentialEngine(Engine):
     def load_optimizer_state_dict(self, state: Mapping[str, Any]) -> None:
         for stage in self.stages:
             load_optimizer_state(stage, state)
+
+    def statuses(self) -> list[dict[str, Any]]:
+        return [interpreter.status() for interpreter in self._interpreters]
 
     @property
     def learning_rate(self) -> float | None:

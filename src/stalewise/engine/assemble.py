@@ -1,0 +1,78 @@
+"""From a stage's layers and the user's recipes to a complete `Stage`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from stalewise.engine.stage import LossFunction, Stage
+from stalewise.errors import ConfigError
+
+__all__ = ["ParameterOptions", "assemble_stage"]
+
+ParameterOptions = Callable[[str, nn.Parameter], Mapping[str, Any]]
+"""(name in the unsplit model, parameter) -> options of its optimizer group."""
+
+
+def assemble_stage(
+    module: nn.Sequential,
+    *,
+    index: int,
+    num_stages: int,
+    device: torch.device,
+    seed: int,
+    optimizer: Callable[[Any], Optimizer],
+    lr_scheduler: Callable[[Optimizer], LRScheduler] | None,
+    loss_fn: LossFunction,
+    clip_grad_norm: float | None,
+    param_groups: ParameterOptions | None,
+) -> Stage:
+    """Move the layers to their device and give them their optimizer and scheduler; see `Pipeline` for the arguments.
+
+    Raises:
+        ConfigError: where a recipe returns something else than it should.
+    """
+    module.to(device)
+    trainable = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    built: Optimizer | None = None
+    scheduler: LRScheduler | None = None
+    if trainable:
+        built = optimizer(list(trainable.values()) if param_groups is None else _grouped(trainable, param_groups))
+        if not isinstance(built, Optimizer):
+            raise ConfigError(
+                f"optimizer returned a {type(built).__name__}; it must return a torch optimizer, such as "
+                "torch.optim.SGD(params, lr=0.1)."
+            )
+        scheduler = None if lr_scheduler is None else lr_scheduler(built)
+        if scheduler is not None and not isinstance(scheduler, LRScheduler):
+            raise ConfigError(f"lr_scheduler returned a {type(scheduler).__name__}; it must return a torch scheduler.")
+    return Stage(
+        module,
+        index=index,
+        num_stages=num_stages,
+        device=device,
+        seed=seed,
+        optimizer=built,
+        lr_scheduler=scheduler,
+        loss_fn=loss_fn,
+        clip_grad_norm=clip_grad_norm,
+    )
+
+
+def _grouped(parameters: Mapping[str, nn.Parameter], options_of: ParameterOptions) -> list[dict[str, Any]]:
+    """Parameter groups: equal options together, in order of appearance."""
+    groups: list[dict[str, Any]] = []
+    for name, parameter in parameters.items():
+        options = dict(options_of(name, parameter) or {})
+        for group in groups:
+            if {key: value for key, value in group.items() if key != "params"} == options:
+                group["params"].append(parameter)
+                break
+        else:
+            groups.append({"params": [parameter], **options})
+    return groups

@@ -1,0 +1,371 @@
+"""The public interface: a model, a method, and the loops over batches."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from stalewise._version import __version__
+from stalewise.engine.assemble import ParameterOptions, assemble_stage
+from stalewise.engine.engine import Batches, Engine
+from stalewise.engine.sequential import SequentialEngine
+from stalewise.engine.split import Chain, LayerSource
+from stalewise.engine.stage import LossFunction, Metric
+from stalewise.errors import ConfigError
+from stalewise.methods import Method
+from stalewise.plan.partition import LayerCost, Partition, check_cuts, fixed_partition, partition as best_partition
+from stalewise.plan.profile import profile_layers
+from stalewise.protocol.trace import Trace
+from stalewise.runtime.distributed import DistributedEngine
+from stalewise.runtime.exchange import all_gather_json, broadcast_json
+from stalewise.runtime.job import Job, current_job, in_launched_job
+from stalewise.runtime.payload import payload_groups
+
+__all__ = ["Pipeline"]
+
+EngineName = Literal["auto", "sequential", "distributed"]
+
+
+class Pipeline:
+    """Trains a model as a pipeline of stages with a method such as DSP.
+
+    In a job of K processes (`stalewise.launch`, torchrun) rank k holds and runs stage k, and every method of this
+    class is collective: all ranks call it. Elsewhere one process runs all stages one after another, with
+    bitwise the same numbers (eager mode on the CPU, equal thread counts and cuts).
+
+    Args:
+        model: an `nn.Sequential`, or a list of modules that stands for `nn.Sequential(*list)`. An entry may be a
+            function without arguments that builds the module; it is called only on the rank of its stage. Every
+            rank builds the model; rank k's own values become stage k's.
+        method: what the stages do, such as `DSP.minimal(num_stages=3)`; it says how many stages there are.
+        loss_fn: (output, target) -> the batch's mean loss as a scalar tensor; called on the last stage.
+        optimizer: parameters (or parameter groups, see `param_groups`) -> a torch optimizer. Called once per stage
+            that has trainable parameters, with these.
+        lr_scheduler: optimizer -> scheduler, stepped once per update of its stage.
+        partition: "profile" measures every layer with the first batch of the first `train` or `evaluate` (which is
+            still trained) and finds the best split; or the indices of the first layers of stages 1 .. K-1.
+        engine: "auto" is "distributed" in a launched job and "sequential" elsewhere.
+        device: "auto" is this rank's GPU (ranks share GPUs where there are fewer), else the CPU.
+        seed: of the random layers; None: `torch.initial_seed()` of rank 0.
+        clip_grad_norm: largest 2-norm of a stage's gradient; each stage clips its own.
+        param_groups: (name, parameter) -> options of the optimizer, such as {"weight_decay": 0.0}; parameters with
+            equal options form a group, in order of appearance. Names are those of the unsplit model.
+        recv_timeout_s: how long a rank waits for one message of another, in seconds.
+
+    Attributes:
+        cuts: indices of the first layers of stages 1 .. K-1; None until they are known.
+        partition: the split with what was measured of it; None until it is known.
+
+    Raises:
+        ConfigError: where an argument is not valid, or ranks disagree (then on all of them).
+        PlanError: where the model cannot be cut as asked.
+    """
+
+    def __init__(
+        self,
+        model: nn.Sequential | Sequence[LayerSource],
+        *,
+        method: Method,
+        loss_fn: LossFunction,
+        optimizer: Callable[[Any], Optimizer],
+        lr_scheduler: Callable[[Optimizer], LRScheduler] | None = None,
+        partition: Literal["profile"] | Sequence[int] = "profile",
+        engine: EngineName = "auto",
+        device: str | torch.device = "auto",
+        seed: int | None = None,
+        clip_grad_norm: float | None = None,
+        param_groups: ParameterOptions | None = None,
+        recv_timeout_s: float = 300.0,
+    ) -> None:
+        _check_arguments(method, loss_fn, optimizer, lr_scheduler, clip_grad_norm, recv_timeout_s)
+        self.method = method
+        self.cuts: tuple[int, ...] | None = None
+        self.partition: Partition | None = None
+        self._program = method.program()
+        self._chain = Chain(model)
+        self._loss_fn = loss_fn
+        self._optimizer = optimizer
+        self._lr_scheduler = lr_scheduler
+        self._clip_grad_norm = clip_grad_norm
+        self._param_groups = param_groups
+        self._recv_timeout_s = recv_timeout_s
+        self._job = current_job() if _is_distributed(engine) else None
+        self._device = _resolve_device(device, self._job)
+        self._seed = torch.initial_seed() if seed is None else seed
+        self._engine: Engine | None = None
+        if self._job is not None:
+            self._seed = broadcast_json(self._seed, 0, self._job.group)
+            self._check_job(self._job, partition)
+        if partition != "profile":
+            if isinstance(partition, str):
+                raise ConfigError(f'partition is {partition!r}; it must be "profile" or cut indices, such as (2, 4).')
+            cuts = check_cuts(partition, len(self._chain), method.num_stages)
+            self._build(fixed_partition(self._layer_costs(), cuts, recompute=self._recompute))
+        else:
+            check_cuts(range(1, method.num_stages), len(self._chain), method.num_stages)
+
+    @property
+    def rank(self) -> int:
+        """Of this process; 0 where one process runs all stages."""
+        return 0 if self._job is None else self._job.rank
+
+    @property
+    def batches_in_flight(self) -> int:
+        """Batches that were forwarded on the first stage but not yet backwarded on every stage."""
+        return 0 if self._engine is None else self._engine.batches_in_flight
+
+    @property
+    def learning_rate(self) -> float | None:
+        """Of this rank's stage, now (sequential: of the first stage that has an optimizer)."""
+        return None if self._engine is None else self._engine.learning_rate
+
+    @property
+    def traces(self) -> list[Trace]:
+        """What each stage of this process did, and when."""
+        return [] if self._engine is None else self._engine.traces
+
+    def statuses(self) -> list[dict[str, Any]]:
+        """How each stage is doing: JSON values, updated about twice a second; for displays."""
+        return [] if self._engine is None else self._engine.statuses()
+
+    def train(self, batches: Batches | None = None, *, drain: bool = True) -> Iterator[float]:
+        """Train on batches and yield their losses.
+
+        Args:
+            batches: an iterable of (input, target), read by rank 0 only; other ranks may pass None. Inputs are
+                tensors or nested tuples, lists or dicts of them, targets likewise (or None).
+            drain: at the end, backward the batches in flight. False leaves them there: the next call goes on without
+                filling the pipeline again, and their losses come with it or with `drain()`.
+
+        Yields:
+            The loss of each batch as a float, in batch order, the same on every rank, each once. Leaving the loop
+            early drains.
+
+        Raises:
+            ConfigError: where a batch or what the model makes of it is not valid.
+            WorkerError: where another rank failed.
+        """
+        batches = self._prepare(batches)
+        if self._engine is None:
+            return
+        with closing(self._engine.train(batches, drain=drain)) as losses:
+            for loss in losses:
+                yield loss.item()
+
+    def drain(self) -> Iterator[float]:
+        """Backward the batches in flight and yield their losses."""
+        return self.train((), drain=True)
+
+    def evaluate(self, batches: Batches | None, metric: Metric) -> float:
+        """Forward batches through the pipeline in eval mode and average a metric.
+
+        Args:
+            batches: as for `train`.
+            metric: (output, target) -> the batch's mean; called on the last stage.
+
+        Returns:
+            The mean over all samples, on every rank.
+
+        Raises:
+            ConfigError: where batches are in flight, or there is no batch.
+        """
+        batches = self._prepare(batches)
+        if self._engine is None:
+            raise ConfigError("evaluate got no batch; a mean needs at least one sample. Is the iterable used up?")
+        return self._engine.evaluate(batches, metric)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """CPU copies of all parameters and buffers, with the names and in the order of the unsplit model."""
+        return self._built("state_dict").state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Load values for the whole model; each rank takes its stage's.
+
+        Raises:
+            ConfigError: where a name is missing or a shape differs.
+        """
+        self._built("load_state_dict").load_state_dict(state)
+
+    def optimizer_state_dict(self) -> dict[str, Any]:
+        """State and parameter groups of all optimizers, by parameter name; CPU copies."""
+        return self._built("optimizer_state_dict").optimizer_state_dict()
+
+    def load_optimizer_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Load what `optimizer_state_dict` gave, also where the cuts are others."""
+        self._built("load_optimizer_state_dict").load_optimizer_state_dict(state)
+
+    @property
+    def _recompute(self) -> list[bool]:
+        return [stage.recomputes for stage in self._program.stages]
+
+    def _built(self, name: str) -> Engine:
+        if self._engine is None:
+            raise ConfigError(
+                f"{name} was called before the cuts are known: partition=\"profile\" finds them with the first "
+                "batch. Call train or evaluate first, give partition=(cut, ..), or load into the model itself before."
+            )
+        return self._engine
+
+    def _prepare(self, batches: Batches | None) -> Batches | None:
+        """Make sure that the engine exists; where a profile is due, with the first batch."""
+        if self._engine is not None:
+            return batches
+        first: list[Any] = []
+        if self.rank == 0 and batches is not None:
+            iterator = iter(batches)
+            first = list(itertools.islice(iterator, 1))
+            batches = itertools.chain(first, iterator)
+        costs: list[dict[str, Any]] | None = None
+        if first:
+            costs = [vars(cost) for cost in self._profile(first[0])]
+        if self._job is not None:
+            costs = broadcast_json(costs, 0, self._job.group)
+        if costs is not None:
+            measured = [LayerCost(**cost) for cost in costs]
+            self._build(best_partition(measured, recompute=self._recompute))
+            if self.rank == 0:
+                assert self.partition is not None
+                print(self.partition.table())
+        return batches
+
+    def _profile(self, batch: Any) -> list[LayerCost]:
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            raise ConfigError(
+                f"a batch is a {type(batch).__name__}; it must be a pair (input, target). Pack several inputs into a "
+                "tuple or dict: ((a, b), target)."
+            )
+        return profile_layers(
+            self._chain.layers, *batch, self._loss_fn, device=self._device, names=self._chain.names
+        )
+
+    def _layer_costs(self) -> list[LayerCost]:
+        """The layers with nothing measured."""
+        return [
+            LayerCost(
+                parameters=sum(p.numel() for p in layer.parameters()) if isinstance(layer, nn.Module) else 0,
+                name=name,
+                type=type(layer).__name__ if isinstance(layer, nn.Module) else "factory",
+            )
+            for name, layer in zip(self._chain.names, self._chain.layers, strict=True)
+        ]
+
+    def _build(self, plan: Partition) -> None:
+        """Cut the model and make the engine."""
+        self._chain.check_nothing_shared(plan.cuts)
+        stages = range(self.method.num_stages) if self._job is None else [self._job.rank]
+        built = [
+            assemble_stage(
+                self._chain.build(plan.cuts, index),
+                index=index,
+                num_stages=self.method.num_stages,
+                device=self._device,
+                seed=self._seed,
+                optimizer=self._optimizer,
+                lr_scheduler=self._lr_scheduler,
+                loss_fn=self._loss_fn,
+                clip_grad_norm=self._clip_grad_norm,
+                param_groups=self._param_groups,
+            )
+            for index in stages
+        ]
+        if self._job is None:
+            self._engine = SequentialEngine(self._program, built)
+        else:
+            self._engine = DistributedEngine(
+                self._program,
+                built[0],
+                self._job,
+                plan=self._plan_hash(plan.cuts),
+                recv_timeout_s=self._recv_timeout_s,
+                payload_groups=payload_groups(self._job, self._device),
+            )
+        self.partition = plan
+        self.cuts = plan.cuts
+
+    def _plan_hash(self, cuts: tuple[int, ...]) -> int:
+        text = json.dumps([__version__, repr(self.method), cuts, self._chain.describe()])
+        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+    def _check_job(self, job: Job, partition: Any) -> None:
+        """All ranks compare what they were given, so that a difference is an error everywhere and never a hang."""
+        own = {
+            "version of stalewise": __version__,
+            "method": repr(self.method),
+            "partition": partition if isinstance(partition, str) else [*map(repr, partition)],
+            "model": self._chain.describe(),
+            "seed": self._seed,
+        }
+        everyone = all_gather_json(own, job.group)
+        for rank, other in enumerate(everyone):
+            for field, value in other.items():
+                expected = everyone[0][field]
+                if value != expected:
+                    if field == "model":
+                        pairs = itertools.zip_longest(expected, value)
+                        expected, value = next(pair for pair in pairs if pair[0] != pair[1])
+                    raise ConfigError(
+                        f"rank {rank} and rank 0 were given another {field}: {value!r} against {expected!r}. All "
+                        "ranks must build the pipeline from the same arguments."
+                    )
+        if job.world_size != self.method.num_stages:
+            raise ConfigError(
+                f"the method has {self.method.num_stages} stages and the job {job.world_size} ranks; rank k is stage "
+                f"k. Start {self.method.num_stages} workers, or use a method of {job.world_size} stages."
+            )
+
+
+def _is_distributed(engine: str) -> bool:
+    if engine not in ("auto", "sequential", "distributed"):
+        raise ConfigError(f'engine is {engine!r}; it must be "auto", "sequential" or "distributed".')
+    launched = in_launched_job()
+    if engine == "distributed" and not launched:
+        raise ConfigError(
+            'engine="distributed" needs one process per stage, and this process is alone. Start it with '
+            'stalewise.launch(main, num_workers=K) or torchrun, or use engine="sequential".'
+        )
+    return launched and engine != "sequential"
+
+
+def _resolve_device(device: str | torch.device, job: Job | None) -> torch.device:
+    if device == "auto":
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        local_rank = 0 if job is None else job.local_rank
+        return torch.device("cuda", local_rank % torch.cuda.device_count())
+    try:
+        resolved = torch.device(device)
+        torch.empty(0, device=resolved)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise ConfigError(f'device {device!r} cannot be used: {error}. Use "auto", "cpu" or "cuda:0".') from None
+    if resolved.type == "cuda" and resolved.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return resolved
+
+
+def _check_arguments(
+    method: Any, loss_fn: Any, optimizer: Any, lr_scheduler: Any, clip_grad_norm: Any, recv_timeout_s: Any
+) -> None:
+    if not isinstance(method, Method):
+        raise ConfigError(f"method is {method!r}; it must be a method such as stalewise.DSP.minimal(num_stages=3).")
+    if isinstance(optimizer, Optimizer):
+        raise ConfigError(
+            "optimizer is an optimizer already; each stage builds its own. Give a function, such as "
+            "lambda params: torch.optim.SGD(params, lr=0.1)."
+        )
+    for name, value in (("loss_fn", loss_fn), ("optimizer", optimizer)):
+        if not callable(value):
+            raise ConfigError(f"{name} is {value!r}; it must be a function.")
+    if lr_scheduler is not None and not callable(lr_scheduler):
+        raise ConfigError(f"lr_scheduler is {lr_scheduler!r}; it must be a function optimizer -> scheduler, or None.")
+    for name, value in (("clip_grad_norm", clip_grad_norm), ("recv_timeout_s", recv_timeout_s)):
+        if value is not None and not (isinstance(value, int | float) and value > 0):
+            raise ConfigError(f"{name} is {value!r}; it must be a number above 0.")

@@ -1,0 +1,73 @@
+"""What runs in a worker process that `launch` started."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import Any, NoReturn
+
+from stalewise.errors import WorkerError
+from stalewise.runtime.job import leave_job, report_failure
+
+__all__ = ["CHILD_VARIABLE", "run_child"]
+
+CHILD_VARIABLE = "STALEWISE_LAUNCH"
+"""Set by `launch` for its children: a JSON object that says what to run."""
+
+
+def run_child(main: Callable[..., object], args: Sequence[Any]) -> NoReturn:
+    """Call `main(*args)` as a worker and exit: 0, or 1 after a record of the failure was left in the store."""
+    threading.Thread(target=_end_with_parent, name="parent watch", daemon=True).start()
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        main(*args)
+        leave_job()
+    except WorkerError as error:
+        print(f"stalewise: {error}", file=sys.stderr)
+        _exit_now(1)
+    except KeyboardInterrupt:
+        _exit_now(130)
+    except SystemExit as error:
+        if error.code is None or isinstance(error.code, int):
+            _exit_now(error.code or 0)
+        report_failure(error)
+        _exit_now(1)
+    except BaseException as error:
+        report_failure(error)
+        _exit_now(1)
+    raise SystemExit(0)
+
+
+def _exit_now(code: int) -> NoReturn:
+    """End without waiting for threads that still wait for peers."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _end_with_parent() -> None:
+    """The parent holds the other end of stdin; its end is our end."""
+    while os.read(0, 1024):
+        pass
+    os._exit(1)
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    raise SystemExit(128 + number)
+
+
+def _import_and_run() -> NoReturn:
+    settings = json.loads(os.environ[CHILD_VARIABLE])
+    sys.path[:] = settings["path"]
+    main = getattr(importlib.import_module(settings["module"]), settings["name"])
+    run_child(main, settings["args"])
+
+
+if __name__ == "__main__":
+    _import_and_run()

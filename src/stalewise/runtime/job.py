@@ -1,0 +1,191 @@
+"""The job that this process is a rank of: process group, store, and who the others are.
+
+A job is started by `stalewise.launch` or by torchrun; both describe it in the environment (RANK, WORLD_SIZE,
+LOCAL_RANK, MASTER_ADDR, MASTER_PORT). A group that the user initialised is used as it is.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
+from types import TracebackType
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from stalewise.errors import WorkerError
+from stalewise.runtime.exchange import all_gather_json
+from stalewise.runtime.failure import Monitor, connect_to_store, failure_header, record_failure
+
+__all__ = ["Job", "Member", "current_job", "in_launched_job", "leave_job", "report_failure"]
+
+GROUP_TIMEOUT = timedelta(days=7)
+"""Of collectives and messages; stalls are found by the receivers' own timeout, deaths by the monitor."""
+
+CLOCK_ROUNDS = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Member:
+    """One rank of the job."""
+
+    rank: int
+    host: str
+    pid: int
+
+    def __str__(self) -> str:
+        return f"stage {self.rank} (rank {self.rank}, host {self.host}, pid {self.pid})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A job whose ranks have met.
+
+    Args:
+        rank: of this process.
+        local_rank: among the processes of this host.
+        members: all ranks, in order.
+        group: gloo, of all ranks; stalewise's own.
+        monitor: watches for failures of others.
+        clock: nanoseconds, aligned with the clock of rank 0.
+        closers: called before the ranks part.
+    """
+
+    rank: int
+    local_rank: int
+    members: tuple[Member, ...]
+    group: dist.ProcessGroup
+    monitor: Monitor
+    clock: Callable[[], int]
+    closers: list[Callable[[], None]] = field(default_factory=list)
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return len(self.members)
+
+
+def in_launched_job() -> bool:
+    """Whether this process is one of several ranks."""
+    if dist.is_available() and dist.is_initialized():
+        return True
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+_job: Job | None = None
+
+
+def current_job() -> Job:
+    """The job of this process; joins it at the first call, which all ranks must make."""
+    global _job
+    if _job is None:
+        _job = _join()
+        atexit.register(leave_job)
+        sys.excepthook = _report_and_exit
+    return _job
+
+
+def leave_job() -> None:
+    """Part from the other ranks after the last message; nothing happens where no job was joined."""
+    global _job
+    if _job is not None:
+        job, _job = _job, None
+        for close in job.closers:
+            close()
+        job.monitor.stop()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def report_failure(error: BaseException) -> None:
+    """Tell the other ranks that this one fails, whether it joined the job or not."""
+    if _job is not None:
+        _job.monitor.report(error, batch=None, action=None)
+    else:
+        rank = environment_number("RANK") or 0
+        me = Member(rank=rank, host=socket.gethostname(), pid=os.getpid())
+        record_failure(error, rank=rank, who=str(me), store=connect_to_store())
+
+
+def _report_and_exit(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """The last act of a worker under torchrun: the header, the original traceback, and out.
+
+    Threads that wait for peers would keep the interpreter from ending, so the process ends here.
+    """
+    if isinstance(error, WorkerError):
+        print(f"stalewise: {error}", file=sys.stderr)
+    else:
+        report_failure(error)
+        print(failure_header(error), file=sys.stderr)
+        sys.__excepthook__(kind, error, trace)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
+
+
+def _join() -> Job:
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", timeout=GROUP_TIMEOUT)
+    rank = dist.get_rank()
+    group = dist.new_group(backend="gloo", timeout=GROUP_TIMEOUT)
+    me = Member(rank=rank, host=socket.gethostname(), pid=os.getpid())
+    members = tuple(Member(**member) for member in all_gather_json(asdict(me), group))
+    offset = _clock_offset(rank, members, group)
+    return Job(
+        rank=rank,
+        local_rank=sum(member.host == me.host for member in members[:rank]),
+        members=members,
+        group=group,
+        monitor=Monitor(rank, str(me)),
+        clock=lambda: time.perf_counter_ns() + offset,
+    )
+
+
+def _clock_offset(rank: int, members: tuple[Member, ...], group: dist.ProcessGroup) -> int:
+    """Nanoseconds to add to this rank's clock to get rank 0's.
+
+    Ranks of one host share the monotonic clock. For others the offset is taken at the quickest of some round trips,
+    half of which bounds its error.
+    """
+    offset = 0
+    for other in range(1, len(members)):
+        if members[other].host == members[0].host:
+            continue
+        if rank == 0:
+            for _ in range(CLOCK_ROUNDS):
+                _receive_number(other, group)
+                _send_number(time.perf_counter_ns(), other, group)
+        elif rank == other:
+            offset = min(_round_trip(group) for _ in range(CLOCK_ROUNDS))[1]
+    return offset
+
+
+def _round_trip(group: dist.ProcessGroup) -> tuple[int, int]:
+    start = time.perf_counter_ns()
+    _send_number(0, 0, group)
+    there = _receive_number(0, group)
+    end = time.perf_counter_ns()
+    return end - start, there - (start + end) // 2
+
+
+def _send_number(value: int, rank: int, group: dist.ProcessGroup) -> None:
+    dist.send(torch.tensor([value], dtype=torch.int64), rank, group=group)
+
+
+def _receive_number(rank: int, group: dist.ProcessGroup) -> int:
+    received: Tensor = torch.zeros(1, dtype=torch.int64)
+    dist.recv(received, rank, group=group)
+    return int(received.item())
+
+
+def environment_number(name: str) -> int | None:
+    """A whole number from the environment, or None."""
+    value = os.environ.get(name)
+    return int(value) if value is not None and value.isdigit() else None

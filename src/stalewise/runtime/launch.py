@@ -1,0 +1,200 @@
+"""Start K local worker processes, watch them, and end all when one fails.
+
+    parent: store, K processes ──► child: main() ──► exit 0
+       │                             │ raises: record ─► store, exit 1
+       ├─ a child died: the record (or the signal) becomes a WorkerError; the others are ended
+       ├─ Ctrl-C: the children are ended, KeyboardInterrupt goes on
+       └─ the parent dies: the pipe to each child closes, and the child ends itself
+
+Each child is a process group of its own, so that what it started (data loader workers) ends with it, and Ctrl-C in a
+terminal reaches the parent alone.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from stalewise.errors import ConfigError, WorkerError
+from stalewise.runtime.child import CHILD_VARIABLE, run_child
+from stalewise.runtime.failure import describe_failure, failure_key
+from stalewise.runtime.job import environment_number
+
+__all__ = ["launch"]
+
+POLL_S = 0.05
+RECORD_WAIT_S = 3.0
+"""After the first death: how long to wait for a record that says why."""
+
+TERMINATE_S = 3.0
+"""Between asking the workers to end and ending them."""
+
+_launches = 0
+
+
+def launch(main: Callable[..., object], *, num_workers: int, args: Sequence[Any] = ()) -> None:
+    """Run `main(*args)` in `num_workers` local processes, one per stage, and wait for them.
+
+    Under torchrun, whose processes exist already, it just calls `main`. The calling script needs no
+    `if __name__ == "__main__"` guard: where `main` is defined in the script itself, each worker runs the script up
+    to this call (code before it runs in every worker), calls `main` here and exits.
+
+    Args:
+        main: a function at the top level of a module or script.
+        num_workers: K.
+        args: for `main`; JSON values.
+
+    Raises:
+        ConfigError: where `main` cannot be found by another process, such as a closure or a notebook's function.
+        WorkerError: where a worker failed; it holds the worker's own traceback. All workers are gone by then.
+    """
+    global _launches
+    _launches += 1
+    child = os.environ.get(CHILD_VARIABLE)
+    if child is not None:
+        if json.loads(child)["launch"] == _launches:
+            run_child(main, args)
+        return
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        main(*args)
+        return
+    if isinstance(num_workers, bool) or not isinstance(num_workers, int) or num_workers < 1:
+        raise ConfigError(f"num_workers is {num_workers!r}; a job has at least 1 worker.")
+    command, child_settings = _child_command(main, args)
+    _Workers(command, {**child_settings, "launch": _launches}, num_workers).wait()
+
+
+def _child_command(main: Callable[..., object], args: Sequence[Any]) -> tuple[list[str], dict[str, Any]]:
+    """How a new process gets at `main`: by importing its module, or by running this script again."""
+    name = getattr(main, "__qualname__", "")
+    module = getattr(main, "__module__", "")
+    if not name or "<" in name:
+        raise ConfigError(
+            f"launch cannot start {name or main!r}: another process can only find a function at the top level of a "
+            "module or script. Move it there, or use engine=\"sequential\", which needs no other process."
+        )
+    if module != "__main__":
+        found = getattr(importlib.import_module(module), name, None) if module else None
+        if found is not main:
+            raise ConfigError(
+                f"launch cannot start {module}.{name}: importing the module gives another object. Pass the function "
+                "under the name by which it is defined."
+            )
+        settings = {"module": module, "name": name, "args": list(args), "path": sys.path}
+        try:
+            json.dumps(settings)
+        except TypeError as error:
+            raise ConfigError(f"launch cannot pass its args on: {error}; use JSON values only.") from None
+        return [sys.executable, "-m", "stalewise.runtime.child"], settings
+    script = sys.modules["__main__"]
+    interactive = hasattr(sys, "ps1") or "get_ipython" in vars(__import__("builtins"))
+    if interactive or not (hasattr(script, "__file__") or "-c" in sys.orig_argv):
+        raise ConfigError(
+            f"launch cannot start {name} from a notebook or an interactive session, because other processes cannot "
+            "import it from there. Use engine=\"sequential\", or put it into a script."
+        )
+    return [sys.executable, *sys.orig_argv[1:]], {}
+
+
+class _Workers:
+    """The processes of one launch."""
+
+    def __init__(self, command: list[str], settings: dict[str, Any], num_workers: int) -> None:
+        self._store = dist.TCPStore(
+            "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60)
+        )
+        threads = max(1, (os.cpu_count() or 1) // num_workers)
+        environment = {
+            "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
+            "OMP_NUM_THREADS": str(threads),
+            **os.environ,
+            CHILD_VARIABLE: json.dumps(settings),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(self._store.port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+            "WORLD_SIZE": str(num_workers),
+            "LOCAL_WORLD_SIZE": str(num_workers),
+        }
+        self._processes: list[subprocess.Popen[bytes]] = []
+        try:
+            for rank in range(num_workers):
+                self._processes.append(
+                    subprocess.Popen(
+                        command,
+                        env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                        stdin=subprocess.PIPE,
+                        process_group=0,
+                    )
+                )
+        except BaseException:
+            self._end()
+            raise
+
+    def wait(self) -> None:
+        """Until all are done; ends all and raises as soon as one failed."""
+        try:
+            while True:
+                codes = [process.poll() for process in self._processes]
+                failed = next((rank for rank, code in enumerate(codes) if code), None)
+                if failed is not None:
+                    raise WorkerError(self._reason(failed))
+                if all(code == 0 for code in codes):
+                    return
+                time.sleep(POLL_S)
+        finally:
+            self._end()
+
+    def _reason(self, rank: int) -> str:
+        """Why the job failed: the first worker's own record, or how this one ended."""
+        process = self._processes[rank]
+        code = process.returncode
+        who = f"stage {rank} (rank {rank}, host {os.uname().nodename}, pid {process.pid})"
+        if code < 0:
+            name = signal.Signals(-code).name
+            ended = f"{who} was killed by {name}."
+            record = {"rank": rank, "who": who, "type": "Killed", "message": ended, "traceback": ended}
+            stored = json.loads(self._store.compare_set(failure_key(), "", json.dumps(record)))
+            if stored["type"] in ("Killed", "PeerLost"):
+                return ended + (
+                    " The system may have run out of memory." if name == "SIGKILL" else ""
+                )
+            return describe_failure(stored)
+        deadline = time.monotonic() + RECORD_WAIT_S
+        while not self._store.check([failure_key()]):
+            if time.monotonic() > deadline:
+                return f"{who} exited with code {code} and gave no reason; look at its output above."
+            time.sleep(POLL_S)
+        return describe_failure(json.loads(self._store.get(failure_key())))
+
+    def _end(self) -> None:
+        """Leave no process behind: ask, wait, then kill whole process groups."""
+        for process in self._processes:
+            if process.poll() is None:
+                _signal_group(process.pid, signal.SIGTERM)
+        deadline = time.monotonic() + TERMINATE_S
+        while any(process.poll() is None for process in self._processes) and time.monotonic() < deadline:
+            time.sleep(POLL_S)
+        for process in self._processes:
+            _signal_group(process.pid, signal.SIGKILL)
+            process.wait()
+            if process.stdin is not None:
+                process.stdin.close()
+
+
+def _signal_group(pid: int, number: signal.Signals) -> None:
+    try:
+        os.killpg(pid, number)
+    except (ProcessLookupError, PermissionError):
+        pass

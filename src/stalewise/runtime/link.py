@@ -1,0 +1,244 @@
+"""One direction of a link between two ranks: a thread that sends, or a thread that receives.
+
+Receives are always posted ahead: while a session is open, the receiving thread takes whatever the peer sends into
+its queue (bounded by the program, see V8), and the stage finds it there. Sends are handed to the sending thread and never
+hold the stage up. Host memory crosses gloo; where each stage has a GPU of its own, payloads may cross a
+second group (NCCL), and only the pages gloo.
+
+A session ends with an END message, so no thread is left waiting on the network between sessions.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from stalewise.errors import PeerLost, ReceiveTimeout, StalewiseError, WorkerError
+from stalewise.runtime.wire import Decoder, Encoder, Frame, MessageKind
+
+__all__ = ["Endpoint", "Receiver", "Sender"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Endpoint:
+    """The other end of one direction of a link.
+
+    Args:
+        rank: of the peer.
+        name: of the peer in errors, such as "stage 1 (rank 1, host b, pid 7)".
+        what: travels here: "activation" or "gradient".
+        tag: tells this direction of this pipeline from all others.
+        plan: hash of the job's plan.
+        device: of this rank's stage.
+        group: gloo, of all ranks.
+        payload_group: of the two ranks, for payloads between devices; None: through host memory.
+    """
+
+    rank: int
+    name: str
+    what: str
+    tag: int
+    plan: int
+    device: torch.device
+    group: dist.ProcessGroup
+    payload_group: dist.ProcessGroup | None = None
+
+
+class Sender:
+    """Sends frames in order from a thread of its own."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self._endpoint = endpoint
+        self._encoder = Encoder(endpoint.plan)
+        self._queue: queue.Queue[tuple[Frame, torch.cuda.Event | None]] = queue.Queue()
+        self._error: BaseException | None = None
+        self._stream = _side_stream(endpoint.device)
+        threading.Thread(target=self._run, name=f"send {endpoint.what}", daemon=True).start()
+
+    def put(self, frame: Frame) -> None:
+        """Hand over a frame; its tensors must not change any more. Does not block.
+
+        Raises:
+            PeerLost: where an earlier frame could not be sent.
+        """
+        self._raise_error()
+        self._queue.put((frame, _event_of(self._endpoint.device)))
+
+    def flush(self) -> None:
+        """Wait until everything handed over is sent."""
+        self._queue.join()
+        self._raise_error()
+
+    def _raise_error(self) -> None:
+        if isinstance(self._error, StalewiseError):
+            raise self._error
+        if self._error is not None:
+            raise PeerLost(
+                f"could not send to {self._endpoint.name}: {self._error}. Look at the log of rank "
+                f"{self._endpoint.rank} first."
+            ) from self._error
+
+    def _run(self) -> None:
+        while True:
+            frame, ready = self._queue.get()
+            try:
+                if self._error is None:
+                    self._send(frame, ready)
+            except BaseException as error:
+                self._error = error
+            finally:
+                del frame, ready
+                self._queue.task_done()
+
+    def _send(self, frame: Frame, ready: torch.cuda.Event | None) -> None:
+        end = self._endpoint
+        with torch.cuda.stream(self._stream):
+            if self._stream is not None and ready is not None:
+                self._stream.wait_event(ready)
+            for data in self._encoder.encode(frame):
+                if data.device.type != "cpu" and end.payload_group is not None:
+                    dist.send(data, end.rank, group=end.payload_group)
+                else:
+                    dist.send(data.cpu(), end.rank, group=end.group, tag=end.tag)
+            if self._stream is not None:
+                self._stream.synchronize()
+
+
+class Receiver:
+    """Receives frames into a queue from a thread of its own, a session at a time.
+
+    Args:
+        endpoint: the peer.
+        timeout_s: how long `get` waits for a frame.
+    """
+
+    def __init__(self, endpoint: Endpoint, *, timeout_s: float) -> None:
+        self._endpoint = endpoint
+        self._timeout_s = timeout_s
+        host_or_device = endpoint.device if endpoint.payload_group is not None else torch.device("cpu")
+        self._decoder = Decoder(endpoint.plan, self._fill, host_or_device, f"{endpoint.what}s from {endpoint.name}")
+        self._queue: queue.Queue[tuple[Frame, torch.cuda.Event | None] | BaseException] = queue.Queue()
+        self._stream = _side_stream(endpoint.device)
+        self._thread: threading.Thread | None = None
+        self._head: Frame | None = None
+        self._last_batch: int | None = None
+
+    def open(self) -> None:
+        """Begin a session: receive until the peer's END."""
+        if self._thread is not None:
+            self._thread.join(self._timeout_s)
+            if self._thread.is_alive():
+                raise ReceiveTimeout(
+                    f"{self._endpoint.name} did not end its session in {self._timeout_s} s. Look at the log of rank "
+                    f"{self._endpoint.rank} first; raise recv_timeout_s only if a step really takes that long."
+                )
+        self._thread = threading.Thread(target=self._run, name=f"receive {self._endpoint.what}", daemon=True)
+        self._thread.start()
+
+    def join(self, timeout_s: float) -> None:
+        """Wait for the END of the session."""
+        if self._thread is not None:
+            self._thread.join(timeout_s)
+
+    def wake(self, error: WorkerError) -> None:
+        """Make a waiting `get` raise."""
+        self._queue.put(error)
+
+    def __len__(self) -> int:
+        """Frames that wait in the queue."""
+        return self._queue.qsize()
+
+    def peek(self, batch: int) -> Frame:
+        """The next frame, which stays; waits for it. See `get`."""
+        if self._head is None:
+            self._head = self._take(batch)
+        return self._head
+
+    def get(self, batch: int) -> Frame:
+        """The frame of a batch.
+
+        Raises:
+            TransportError: where the next frame is of another batch.
+            ReceiveTimeout: where none came in time.
+            PeerLost: where the peer is gone.
+            WorkerError: where another worker failed.
+        """
+        frame = self.peek(batch)
+        self._head = None
+        if frame.batch != batch:
+            raise self._decoder._error(f"is of batch {frame.batch}; batch {batch} is due")
+        self._last_batch = frame.batch
+        return frame
+
+    def skip(self) -> None:
+        """Drop the frame that `peek` showed."""
+        self._head = None
+
+    def _take(self, batch: int) -> Frame:
+        end = self._endpoint
+        try:
+            item = self._queue.get(timeout=self._timeout_s)
+        except queue.Empty:
+            last = "nothing came before" if self._last_batch is None else f"the last was {self._last_batch}"
+            raise ReceiveTimeout(
+                f"got no {end.what} of batch {batch} from {end.name} in {self._timeout_s} s; {last}. Look at the log "
+                f"of rank {end.rank} first; raise recv_timeout_s only if a step really takes that long."
+            ) from None
+        if isinstance(item, StalewiseError):
+            raise item
+        if isinstance(item, BaseException):
+            raise PeerLost(
+                f"{end.name} is gone: its connection closed while an {end.what} of batch {batch} was due ({item}). It was "
+                f"killed or it crashed; look at the log of rank {end.rank} first."
+            ) from item
+        frame, ready = item
+        if ready is not None:
+            stream = torch.cuda.current_stream(end.device)
+            stream.wait_event(ready)
+            for leaf in frame.leaves:
+                if leaf is not None and leaf.device.type == "cuda":
+                    leaf.record_stream(stream)
+        return frame
+
+    def _run(self) -> None:
+        try:
+            with torch.cuda.stream(self._stream):
+                while True:
+                    frame = self._decoder.next()
+                    if self._stream is not None:
+                        frame = self._on_device(frame)
+                    self._queue.put((frame, _event_of(self._endpoint.device)))
+                    if frame.kind is MessageKind.END:
+                        return
+        except BaseException as error:
+            self._queue.put(error)
+
+    def _on_device(self, frame: Frame) -> Frame:
+        device = self._endpoint.device
+        leaves = [None if leaf is None else leaf.to(device, non_blocking=True) for leaf in frame.leaves]
+        return Frame(frame.kind, frame.batch, leaves, frame.structure, frame.flags)
+
+    def _fill(self, data: Tensor) -> None:
+        end = self._endpoint
+        if data.device.type != "cpu":
+            dist.recv(data, end.rank, group=end.payload_group)
+        else:
+            dist.recv(data, end.rank, group=end.group, tag=end.tag)
+
+
+def _side_stream(device: torch.device) -> torch.cuda.Stream | None:
+    return torch.cuda.Stream(device) if device.type == "cuda" else None
+
+
+def _event_of(device: torch.device) -> torch.cuda.Event | None:
+    """An event at the end of what was queued so far on the current stream; None on the CPU."""
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(device))
+    return event

@@ -1,0 +1,31 @@
+"""Groups for payloads that go from GPU to GPU.
+
+NCCL needs a GPU per rank. Each direction of each link gets a group of its own, so that activations and
+gradients never wait for each other.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from stalewise.runtime.exchange import all_gather_json
+from stalewise.runtime.job import Job
+
+__all__ = ["payload_groups"]
+
+
+def payload_groups(job: Job, device: torch.device) -> dict[tuple[int, int], dist.ProcessGroup]:
+    """NCCL groups by (source, destination); empty where ranks share a GPU, or work on CPUs.
+
+    Collective: all ranks call it.
+    """
+    places = all_gather_json([job.members[job.rank].host, device.type, device.index], job.group)
+    own_gpus = all(kind == "cuda" for _, kind, _ in places) and len({tuple(place) for place in places}) == len(places)
+    if not own_gpus or job.world_size == 1 or not dist.is_nccl_available():
+        return {}
+    directions = [
+        direction for rank in range(job.world_size - 1) for direction in ((rank, rank + 1), (rank + 1, rank))
+    ]
+    groups = {direction: dist.new_group(sorted(direction), backend="nccl") for direction in directions}
+    return {direction: group for direction, group in groups.items() if job.rank in direction}

@@ -1,0 +1,229 @@
+"""How a message looks on a link: fixed binary pages, then the raw bytes of its tensors. Nothing is unpickled.
+
+    page = prefix (40 bytes), then room for 7 leaves (136 bytes each), padded to 1024
+
+    prefix   magic "SWIS" | version u16 | kind u8 | flags u8 | batch i64 | plan u64 | structure u32 | leaves u16 | ..
+    leaf     dtype u8 | present u8 | ndim u16 | .. | shape 8 x i64 | strides 8 x i64
+
+A message of more than 7 leaves has more pages. `plan` is a hash of the job's plan: a peer that runs another one is
+found at its first message. The structure of nested values is described once, by a SCHEMA message whose only leaf is
+JSON, and then named by its number. Torch-only and without a network: `Encoder` gives the tensors to send in
+order, `Decoder` asks for tensors to be filled.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stalewise.engine.layout import dense, is_dense
+from stalewise.engine.tree import Structure
+from stalewise.errors import TransportError
+
+__all__ = ["PAGE_BYTES", "Decoder", "Encoder", "Frame", "MessageKind"]
+
+MAGIC = b"SWIS"
+VERSION = 1
+PAGE_BYTES = 1024
+MAX_DIMENSIONS = 8
+MAX_SCHEMA_BYTES = 1 << 20
+MAX_LEAVES = 4096
+
+_PREFIX = struct.Struct("<4sHBBqQIH10x")
+_LEAF = struct.Struct(f"<BBH4x{MAX_DIMENSIONS}q{MAX_DIMENSIONS}q")
+LEAVES_PER_PAGE = (PAGE_BYTES - _PREFIX.size) // _LEAF.size
+
+DTYPES = (
+    torch.float32,
+    torch.float64,
+    torch.float16,
+    torch.bfloat16,
+    torch.complex64,
+    torch.complex128,
+    torch.uint8,
+    torch.int8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+    torch.bool,
+)
+_DTYPE_CODES = {dtype: code for code, dtype in enumerate(DTYPES)}
+
+
+class MessageKind(enum.IntEnum):
+    """What a message is."""
+
+    SCHEMA = 1
+    ACTIVATION = 2
+    GRADIENT = 3
+    END = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """One message.
+
+    Args:
+        kind: what it is.
+        batch: global index of its batch; of the next batch for END.
+        leaves: its tensors; None where a leaf is absent.
+        structure: of the leaves as a tree; None where the kind needs none.
+        flags: of an END: how the sender goes on.
+    """
+
+    kind: MessageKind
+    batch: int
+    leaves: list[Tensor | None]
+    structure: Structure = None
+    flags: int = 0
+
+
+class Encoder:
+    """Turns the frames of one direction of a link into tensors of bytes.
+
+    Args:
+        plan: hash of the job's plan.
+    """
+
+    def __init__(self, plan: int) -> None:
+        self._plan = plan
+        self._structure = "null"
+        self._structure_index = 0
+
+    def encode(self, frame: Frame) -> Iterator[Tensor]:
+        """The tensors to send, in order; pages on the CPU, payloads on their own device, all one-dimensional uint8.
+
+        Raises:
+            TransportError: where a leaf cannot be sent.
+        """
+        structure = json.dumps(frame.structure)
+        if structure != self._structure:
+            self._structure = structure
+            self._structure_index += 1
+            text = torch.frombuffer(bytearray(structure.encode()), dtype=torch.uint8)
+            yield from self._message(Frame(MessageKind.SCHEMA, frame.batch, [text]))
+        yield from self._message(frame)
+
+    def _message(self, frame: Frame) -> Iterator[Tensor]:
+        leaves = [None if leaf is None else dense(leaf) for leaf in frame.leaves]
+        prefix = _PREFIX.pack(
+            MAGIC, VERSION, frame.kind, frame.flags, frame.batch, self._plan, self._structure_index, len(leaves)
+        )
+        for start in range(0, max(len(leaves), 1), LEAVES_PER_PAGE):
+            described = b"".join(_describe(leaf) for leaf in leaves[start : start + LEAVES_PER_PAGE])
+            yield torch.frombuffer(bytearray((prefix + described).ljust(PAGE_BYTES, b"\0")), dtype=torch.uint8)
+        for leaf in leaves:
+            if leaf is not None and leaf.numel():
+                yield as_bytes(leaf)
+
+
+class Decoder:
+    """Reads frames from one direction of a link.
+
+    Args:
+        plan: hash of the job's plan.
+        fill: fills a one-dimensional uint8 tensor with the next bytes that the peer sent.
+        device: where payloads of floating-point leaves of activations and gradients are received.
+        link: names the link in errors.
+    """
+
+    def __init__(self, plan: int, fill: Callable[[Tensor], None], device: torch.device, link: str) -> None:
+        self._plan = plan
+        self._fill = fill
+        self._device = device
+        self._link = link
+        self._structure: Structure = None
+        self._structure_index = 0
+
+    def next(self) -> Frame:
+        """The next frame that is not a SCHEMA.
+
+        Raises:
+            TransportError: where what arrives is not a message of this job.
+        """
+        while True:
+            frame, structure_index = self._message()
+            if frame.kind is not MessageKind.SCHEMA:
+                if structure_index != self._structure_index:
+                    raise self._error(f"names structure {structure_index}; the last described is "
+                                      f"{self._structure_index}")
+                return frame
+            self._structure = self._parse_schema(frame)
+            self._structure_index = structure_index
+
+    def _message(self) -> tuple[Frame, int]:
+        page = self._page()
+        magic, version, kind, flags, batch, plan, structure_index, num_leaves = _PREFIX.unpack_from(page)
+        if magic != MAGIC:
+            raise self._error("does not begin as a message of stalewise; another program sent it")
+        if version != VERSION:
+            raise self._error(f"is of wire version {version}, ours is {VERSION}; run the same release on all ranks")
+        if plan != self._plan:
+            raise self._error("belongs to another plan; start all ranks with the same model, cuts and method")
+        if kind not in set(MessageKind) or num_leaves > MAX_LEAVES:
+            raise self._error(f"is of kind {kind} with {num_leaves} leaves")
+        pages = [page, *(self._page() for _ in range((num_leaves - 1) // LEAVES_PER_PAGE))]
+        records = [
+            _LEAF.unpack_from(pages[index // LEAVES_PER_PAGE], _PREFIX.size + index % LEAVES_PER_PAGE * _LEAF.size)
+            for index in range(num_leaves)
+        ]
+        if kind == MessageKind.SCHEMA and (num_leaves != 1 or not 0 <= records[0][3] <= MAX_SCHEMA_BYTES):
+            raise self._error("is a schema of a wrong size")
+        on_device = kind in (MessageKind.ACTIVATION, MessageKind.GRADIENT)
+        leaves = [self._leaf(record, on_device) for record in records]
+        return Frame(MessageKind(kind), batch, leaves, self._structure, flags), structure_index
+
+    def _page(self) -> bytes:
+        page = torch.empty(PAGE_BYTES, dtype=torch.uint8)
+        self._fill(page)
+        return bytes(page.numpy().data)
+
+    def _leaf(self, record: tuple[int, ...], on_device: bool) -> Tensor | None:
+        code, present, ndim, *sizes = record
+        if not present:
+            return None
+        shape, strides = sizes[:ndim], sizes[MAX_DIMENSIONS : MAX_DIMENSIONS + ndim]
+        if code >= len(DTYPES) or ndim > MAX_DIMENSIONS or min(sizes) < 0:
+            raise self._error(f"has a leaf of dtype {code} and shape {tuple(shape)}")
+        if not is_dense(tuple(shape), tuple(strides)):
+            raise self._error(f"has a leaf of shape {tuple(shape)} with strides {tuple(strides)}, which has gaps")
+        dtype = DTYPES[code]
+        device = self._device if on_device and dtype.is_floating_point else torch.device("cpu")
+        leaf = torch.empty_strided(shape, strides, dtype=dtype, device=device)
+        if leaf.numel():
+            self._fill(as_bytes(leaf))
+        return leaf
+
+    def _parse_schema(self, frame: Frame) -> Structure:
+        assert frame.leaves[0] is not None
+        try:
+            return json.loads(bytes(frame.leaves[0].numpy().data))
+        except ValueError as error:
+            raise self._error(f"is a schema that is not JSON ({error})") from None
+
+    def _error(self, text: str) -> TransportError:
+        return TransportError(f"a message on {self._link} {text}.")
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """The memory of a dense tensor as one-dimensional uint8, without a copy."""
+    return torch.as_strided(tensor, (tensor.numel(),), (1,), tensor.storage_offset()).view(torch.uint8)
+
+
+def _describe(leaf: Tensor | None) -> bytes:
+    if leaf is None:
+        return bytes(_LEAF.size)
+    if leaf.dtype not in _DTYPE_CODES or leaf.ndim > MAX_DIMENSIONS:
+        raise TransportError(
+            f"a tensor of dtype {leaf.dtype} with {leaf.ndim} dimensions cannot cross a cut; links carry "
+            f"{', '.join(str(dtype).removeprefix('torch.') for dtype in DTYPES)} of up to {MAX_DIMENSIONS} "
+            "dimensions. Convert it before the end of the stage."
+        )
+    padding = [0] * (MAX_DIMENSIONS - leaf.ndim)
+    return _LEAF.pack(_DTYPE_CODES[leaf.dtype], 1, leaf.ndim, *leaf.shape, *padding, *leaf.stride(), *padding)
