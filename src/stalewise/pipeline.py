@@ -22,7 +22,15 @@ from stalewise.engine.split import Chain, LayerSource
 from stalewise.engine.stage import LossFunction, Metric
 from stalewise.errors import ConfigError
 from stalewise.methods import Method
-from stalewise.plan.partition import LayerCost, Partition, check_cuts, fixed_partition, partition as best_partition
+from stalewise.plan.partition import (
+    LayerCost,
+    Partition,
+    check_cuts,
+    fixed_partition,
+)
+from stalewise.plan.partition import (
+    partition as best_partition,
+)
 from stalewise.plan.profile import profile_layers
 from stalewise.protocol.trace import Trace
 from stalewise.runtime.distributed import DistributedEngine
@@ -60,6 +68,7 @@ class Pipeline:
         param_groups: (name, parameter) -> options of the optimizer, such as {"weight_decay": 0.0}; parameters with
             equal options form a group, in order of appearance. Names are those of the unsplit model.
         recv_timeout_s: how long a rank waits for one message of another, in seconds.
+        verbose: whether rank 0 prints the partition that a profile found.
 
     Attributes:
         cuts: indices of the first layers of stages 1 .. K-1; None until they are known.
@@ -85,6 +94,7 @@ class Pipeline:
         clip_grad_norm: float | None = None,
         param_groups: ParameterOptions | None = None,
         recv_timeout_s: float = 300.0,
+        verbose: bool = True,
     ) -> None:
         _check_arguments(method, loss_fn, optimizer, lr_scheduler, clip_grad_norm, recv_timeout_s)
         self.method = method
@@ -98,6 +108,7 @@ class Pipeline:
         self._clip_grad_norm = clip_grad_norm
         self._param_groups = param_groups
         self._recv_timeout_s = recv_timeout_s
+        self._verbose = verbose
         self._job = current_job() if _is_distributed(engine) else None
         self._device = _resolve_device(device, self._job)
         self._seed = torch.initial_seed() if seed is None else seed
@@ -105,6 +116,7 @@ class Pipeline:
         if self._job is not None:
             self._seed = broadcast_json(self._seed, 0, self._job.group)
             self._check_job(self._job, partition)
+            self._devices: list[str] = all_gather_json(str(self._device), self._job.group)
         if partition != "profile":
             if isinstance(partition, str):
                 raise ConfigError(f'partition is {partition!r}; it must be "profile" or cut indices, such as (2, 4).')
@@ -117,6 +129,13 @@ class Pipeline:
     def rank(self) -> int:
         """Of this process; 0 where one process runs all stages."""
         return 0 if self._job is None else self._job.rank
+
+    @property
+    def devices(self) -> list[str]:
+        """Of each stage."""
+        if self._job is None:
+            return [str(self._device)] * self.method.num_stages
+        return self._devices
 
     @property
     def batches_in_flight(self) -> int:
@@ -210,7 +229,7 @@ class Pipeline:
     def _built(self, name: str) -> Engine:
         if self._engine is None:
             raise ConfigError(
-                f"{name} was called before the cuts are known: partition=\"profile\" finds them with the first "
+                f'{name} was called before the cuts are known: partition="profile" finds them with the first '
                 "batch. Call train or evaluate first, give partition=(cut, ..), or load into the model itself before."
             )
         return self._engine
@@ -232,7 +251,7 @@ class Pipeline:
         if costs is not None:
             measured = [LayerCost(**cost) for cost in costs]
             self._build(best_partition(measured, recompute=self._recompute))
-            if self.rank == 0:
+            if self.rank == 0 and self._verbose:
                 assert self.partition is not None
                 print(self.partition.table())
         return batches
@@ -243,8 +262,9 @@ class Pipeline:
                 f"a batch is a {type(batch).__name__}; it must be a pair (input, target). Pack several inputs into a "
                 "tuple or dict: ((a, b), target)."
             )
+        inputs, targets = batch
         return profile_layers(
-            self._chain.layers, *batch, self._loss_fn, device=self._device, names=self._chain.names
+            self._chain.layers, inputs, targets, self._loss_fn, device=self._device, names=self._chain.names
         )
 
     def _layer_costs(self) -> list[LayerCost]:

@@ -14,7 +14,7 @@ losses come in the same order, and at the same step, everywhere.
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -59,7 +59,7 @@ class Engine(abc.ABC):
         """Batches that entered the pipeline so far, over all cycles: the next one's global index."""
         return self._first_batch + self._step
 
-    def train(self, batches: Batches | None, *, drain: bool) -> Iterator[Tensor]:
+    def train(self, batches: Batches | None, *, drain: bool) -> Generator[Tensor, None, None]:
         """Train on `batches` and yield their losses; see `Pipeline.train`."""
         self._check_usable()
         self._leaving = False

@@ -89,7 +89,8 @@ class SequentialEngine(Engine):
                 raise ProgramError(f"V9: deadlock in step {step}: {waiting}. Check the program with validate.check.")
 
     def _losses_until(self, batch: int) -> list[Tensor]:
-        return [interpreter.take_losses(batch) for interpreter in self._interpreters][0]
+        first, *_ = [interpreter.take_losses(batch) for interpreter in self._interpreters]
+        return first
 
     def _evaluate(self, batches: Batches | None, metric: Metric) -> float:
         feed = Feed(batches, self.stages[0].device)

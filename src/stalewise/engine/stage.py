@@ -250,4 +250,3 @@ class _Isolation:
                 f"stage {self._stage} changed its input in place in batch {batch}, but not in its first batch; the "
                 "stored input of this batch is lost. Make the first layer always or never work in place."
             )
-

@@ -36,7 +36,8 @@ def load_stage_state(stage: Stage, state: Mapping[str, Tensor]) -> None:
     missing = [name for name in own if name not in state]
     if missing:
         raise ConfigError(
-            f"the state has no value for {missing[0]!r}" + (f" and {len(missing) - 1} more" if missing[1:] else "")
+            f"the state has no value for {missing[0]!r}"
+            + (f" and {len(missing) - 1} more" if missing[1:] else "")
             + f" of stage {stage.index}; it must hold every name of the unsplit model. Load a state_dict() of the "
             "same model."
         )
@@ -93,9 +94,7 @@ def load_optimizer_state(stage: Stage, state: Mapping[str, Any]) -> None:
                 )
         source = groups[names[group["params"][0]]]
         group.update({key: value for key, value in source.items() if key not in ("params", "param_names")})
-    packed["state"] = {
-        index: dict(state["state"][name]) for index, name in names.items() if name in state["state"]
-    }
+    packed["state"] = {index: dict(state["state"][name]) for index, name in names.items() if name in state["state"]}
     stage.optimizer.load_state_dict(packed)
 
 

@@ -54,7 +54,10 @@ def _describe(tree: Tree, leaves: list[Tensor], path: str) -> Structure:
     if tree is None:
         return None
     if type(tree) in (tuple, list):
-        return [type(tree).__name__, *(_describe(item, leaves, f"{path}[{i}]") for i, item in enumerate(tree))]
+        return [
+            type(tree).__name__,
+            *(_describe(item, leaves, f"{path}[{i}]") for i, item in enumerate(tree)),
+        ]
     if isinstance(tree, Mapping) and all(isinstance(key, str) for key in tree):
         return ["dict", *([key, _describe(item, leaves, f"{path}[{key!r}]")] for key, item in tree.items())]
     raise ConfigError(

@@ -89,8 +89,7 @@ class DSP(Method):
         """The local step of stage `stage`."""
         lag = self._staleness[stage]
         return StageProgram(
-            forward_slots(stage, self.num_stages)
-            + backward_slots(stage, self.num_stages, lag=lag, recompute=lag > 0)
+            forward_slots(stage, self.num_stages) + backward_slots(stage, self.num_stages, lag=lag, recompute=lag > 0)
         )
 
     def __repr__(self) -> str:

@@ -110,12 +110,16 @@ class Program:
             num_batches: batches after which the stages drain; None for a run without end.
             links: also show what is received and sent.
         """
-        hidden = () if links else (
-            Kind.LOAD,
-            Kind.RECEIVE_ACTIVATION,
-            Kind.SEND_ACTIVATION,
-            Kind.RECEIVE_GRADIENT,
-            Kind.SEND_GRADIENT,
+        hidden = (
+            ()
+            if links
+            else (
+                Kind.LOAD,
+                Kind.RECEIVE_ACTIVATION,
+                Kind.SEND_ACTIVATION,
+                Kind.RECEIVE_GRADIENT,
+                Kind.SEND_GRADIENT,
+            )
         )
         rows = [["step", *map(str, range(num_steps))]]
         for index, stage in enumerate(self.stages):

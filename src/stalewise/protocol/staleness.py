@@ -104,7 +104,5 @@ def whole_numbers(name: str, values: Sequence[int]) -> tuple[int, ...]:
         raise ConfigError(f"{name} is empty; give one integer per stage, such as (4, 2, 0).")
     for stage, entry in enumerate(entries):
         if isinstance(entry, bool) or not isinstance(entry, int) or entry < 0:
-            raise ConfigError(
-                f"{name}[{stage}] is {entry!r}; it counts batches, so it must be an integer >= 0."
-            )
+            raise ConfigError(f"{name}[{stage}] is {entry!r}; it counts batches, so it must be an integer >= 0.")
     return entries

@@ -181,7 +181,10 @@ class _DryRun:
         newest = max((batch for batch, _ in state.forwarded), default=-1)
         declared = self.program.staleness[stage]
         if newest != min(unit[0] + declared, self.num_batches - 1):
-            yield "V5", f"batch {newest} is the newest forward; staleness {declared} wants {unit[0] + declared}."
+            yield (
+                "V5",
+                f"batch {newest} is the newest forward; staleness {declared} wants {unit[0] + declared}.",
+            )
         if stage > 0:
             state.input_gradients.add(unit)
         state.pending_update = True
@@ -203,7 +206,10 @@ class _DryRun:
 
     def _at_the_end(self) -> Iterator[str]:
         for stage, state in enumerate(self.stages):
-            for rule, name, done in (("V2", "forwarded", state.forwarded), ("V3", "backwarded", state.backwarded)):
+            for rule, name, done in (
+                ("V2", "forwarded", state.forwarded),
+                ("V3", "backwarded", state.backwarded),
+            ):
                 missing = set(range(self.num_batches)) - {batch for batch, _ in done}
                 if missing:
                     yield f"{rule}: stage {stage} never {name} batches {sorted(missing)}."

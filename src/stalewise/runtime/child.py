@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 from stalewise.errors import WorkerError
 from stalewise.runtime.job import leave_job, report_failure
 
-__all__ = ["CHILD_VARIABLE", "run_child"]
+__all__ = ["CHILD_VARIABLE", "import_and_run", "run_child"]
 
 CHILD_VARIABLE = "STALEWISE_LAUNCH"
 """Set by `launch` for its children: a JSON object that says what to run."""
@@ -62,12 +62,9 @@ def _terminate(number: int, frame: FrameType | None) -> NoReturn:
     raise SystemExit(128 + number)
 
 
-def _import_and_run() -> NoReturn:
+def import_and_run() -> NoReturn:
+    """Find `main` by the name that `launch` left in the environment, and run it."""
     settings = json.loads(os.environ[CHILD_VARIABLE])
     sys.path[:] = settings["path"]
     main = getattr(importlib.import_module(settings["module"]), settings["name"])
     run_child(main, settings["args"])
-
-
-if __name__ == "__main__":
-    _import_and_run()

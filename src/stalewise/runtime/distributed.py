@@ -3,8 +3,8 @@
     rank k-1  ── activations ──►  rank k  ── activations ──►  rank k+1
               ◄── gradients ───           ◄── gradients ───
 
-Rank 0 reads the batches. An END message follows the last activation down the stages and says how to go on (pause, drain);
-each stage answers the one above with an END of its own after its last gradient.
+Rank 0 reads the batches. An END message follows the last activation down the stages and says how to go on
+(pause, drain); each stage answers the one above with an END of its own after its last gradient.
 """
 
 from __future__ import annotations
@@ -103,9 +103,7 @@ class DistributedEngine(Engine):
             self._gradients_out = Sender(endpoint(rank - 1, "gradient", (rank, rank - 1)))
         if rank < last:
             self._activations_out = Sender(endpoint(rank + 1, "activation", (rank, rank + 1)))
-            self._gradients_in = Receiver(
-                endpoint(rank + 1, "gradient", (rank + 1, rank)), timeout_s=recv_timeout_s
-            )
+            self._gradients_in = Receiver(endpoint(rank + 1, "gradient", (rank + 1, rank)), timeout_s=recv_timeout_s)
         self._interpreter = Interpreter(stage, program.stages[rank], self, clock=job.clock)
         self._feed = Feed((), stage.device)
         self._drain = True
@@ -137,7 +135,7 @@ class DistributedEngine(Engine):
                 go_on = _GoOn(self._activations_in.get(self.num_batches).flags)
             if self._activations_out is not None:
                 self._activations_out.put(Frame(MessageKind.END, self.num_batches, [], flags=go_on))
-            if not self._leaving and go_on is not _GoOn.LEAVE and go_on != self._drain:
+            if not self._leaving and go_on is not _GoOn.LEAVE and bool(go_on) != self._drain:
                 raise ConfigError(
                     f"rank 0 trains with drain={bool(go_on)}, rank {self._job.rank} with drain={self._drain}; give "
                     "the same on all ranks."
@@ -232,7 +230,9 @@ class DistributedEngine(Engine):
             return {
                 name: value
                 for rank in range(self._job.world_size)
-                for name, value in broadcast_tensors(own if rank == self._job.rank else None, rank, self._job.group).items()
+                for name, value in broadcast_tensors(
+                    own if rank == self._job.rank else None, rank, self._job.group
+                ).items()
             }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:

@@ -30,9 +30,7 @@ def all_gather_json(value: Any, group: dist.ProcessGroup) -> list[Any]:
     return [broadcast_json(value, source, group) for source in range(dist.get_world_size())]
 
 
-def broadcast_tensors(
-    tensors: Mapping[str, Tensor] | None, source: int, group: dist.ProcessGroup
-) -> dict[str, Tensor]:
+def broadcast_tensors(tensors: Mapping[str, Tensor] | None, source: int, group: dist.ProcessGroup) -> dict[str, Tensor]:
     """Named CPU tensors of rank `source`, on every rank, in their order."""
     own = {name: tensor.contiguous() for name, tensor in (tensors or {}).items()}
     described = [[name, str(value.dtype).removeprefix("torch."), list(value.shape)] for name, value in own.items()]

@@ -7,8 +7,8 @@ process if it does not stop by itself:
     worker 1 raises ─► record ─► store ◄─ monitor 0, 2: wake ─► WorkerError ─► exit 1
                                               └─ GRACE_S later, if still alive ─► os._exit(1)
 
-The store is that of the launcher or of torchrun; it outlives any worker. Where there is none, dead peers are still found by
-their closed connections.
+The store is that of the launcher or of torchrun; it outlives any worker. Where there is none, dead peers are still
+found by their closed connections.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
-import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from stalewise.errors import PeerLost, ReceiveTimeout, WorkerError
 
@@ -61,7 +61,7 @@ def record_failure(
     who: str,
     batch: int | None = None,
     action: str | None = None,
-    store: dist.TCPStore | None,
+    store: TCPStore | None,
 ) -> None:
     """Leave a record of the first failure of a job in its store, and a header for the printed traceback on the error.
 
@@ -193,12 +193,12 @@ class Monitor:
             os._exit(1)
 
 
-def connect_to_store() -> dist.TCPStore | None:
+def connect_to_store() -> TCPStore | None:
     """A connection of our own to the job's store; None where the environment names none."""
     address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
     if not address or not port:
         return None
     try:
-        return dist.TCPStore(address, int(port), is_master=False, timeout=timedelta(seconds=10))
+        return TCPStore(address, int(port), is_master=False, timeout=timedelta(seconds=10))
     except (RuntimeError, ValueError):
         return None

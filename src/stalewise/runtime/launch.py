@@ -12,25 +12,23 @@ terminal reaches the parent alone.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
-import torch
-import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from stalewise.errors import ConfigError, WorkerError
 from stalewise.runtime.child import CHILD_VARIABLE, run_child
 from stalewise.runtime.failure import describe_failure, failure_key
-from stalewise.runtime.job import environment_number
 
 __all__ = ["launch"]
 
@@ -83,7 +81,7 @@ def _child_command(main: Callable[..., object], args: Sequence[Any]) -> tuple[li
     if not name or "<" in name:
         raise ConfigError(
             f"launch cannot start {name or main!r}: another process can only find a function at the top level of a "
-            "module or script. Move it there, or use engine=\"sequential\", which needs no other process."
+            'module or script. Move it there, or use engine="sequential", which needs no other process.'
         )
     if module != "__main__":
         found = getattr(importlib.import_module(module), name, None) if module else None
@@ -97,13 +95,17 @@ def _child_command(main: Callable[..., object], args: Sequence[Any]) -> tuple[li
             json.dumps(settings)
         except TypeError as error:
             raise ConfigError(f"launch cannot pass its args on: {error}; use JSON values only.") from None
-        return [sys.executable, "-m", "stalewise.runtime.child"], settings
+        return [
+            sys.executable,
+            "-c",
+            "from stalewise.runtime.child import import_and_run as run; run()",
+        ], settings
     script = sys.modules["__main__"]
     interactive = hasattr(sys, "ps1") or "get_ipython" in vars(__import__("builtins"))
     if interactive or not (hasattr(script, "__file__") or "-c" in sys.orig_argv):
         raise ConfigError(
             f"launch cannot start {name} from a notebook or an interactive session, because other processes cannot "
-            "import it from there. Use engine=\"sequential\", or put it into a script."
+            'import it from there. Use engine="sequential", or put it into a script.'
         )
     return [sys.executable, *sys.orig_argv[1:]], {}
 
@@ -112,9 +114,7 @@ class _Workers:
     """The processes of one launch."""
 
     def __init__(self, command: list[str], settings: dict[str, Any], num_workers: int) -> None:
-        self._store = dist.TCPStore(
-            "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60)
-        )
+        self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
         threads = max(1, (os.cpu_count() or 1) // num_workers)
         environment = {
             "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
@@ -167,9 +167,7 @@ class _Workers:
             record = {"rank": rank, "who": who, "type": "Killed", "message": ended, "traceback": ended}
             stored = json.loads(self._store.compare_set(failure_key(), "", json.dumps(record)))
             if stored["type"] in ("Killed", "PeerLost"):
-                return ended + (
-                    " The system may have run out of memory." if name == "SIGKILL" else ""
-                )
+                return ended + (" The system may have run out of memory." if name == "SIGKILL" else "")
             return describe_failure(stored)
         deadline = time.monotonic() + RECORD_WAIT_S
         while not self._store.check([failure_key()]):
@@ -194,7 +192,5 @@ class _Workers:
 
 
 def _signal_group(pid: int, number: signal.Signals) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(pid, number)
-    except (ProcessLookupError, PermissionError):
-        pass

@@ -1,8 +1,8 @@
 """One direction of a link between two ranks: a thread that sends, or a thread that receives.
 
 Receives are always posted ahead: while a session is open, the receiving thread takes whatever the peer sends into
-its queue (bounded by the program, see V8), and the stage finds it there. Sends are handed to the sending thread and never
-hold the stage up. Host memory crosses gloo; where each stage has a GPU of its own, payloads may cross a
+its queue (bounded by the program, see V8), and the stage finds it there. Sends are handed to the sending thread and
+never hold the stage up. Host memory crosses gloo; where each stage has a GPU of its own, payloads may cross a
 second group (NCCL), and only the pages gloo.
 
 A session ends with an END message, so no thread is left waiting on the network between sessions.
@@ -193,8 +193,8 @@ class Receiver:
             raise item
         if isinstance(item, BaseException):
             raise PeerLost(
-                f"{end.name} is gone: its connection closed while an {end.what} of batch {batch} was due ({item}). It was "
-                f"killed or it crashed; look at the log of rank {end.rank} first."
+                f"{end.name} is gone: its connection closed while an {end.what} of batch {batch} was due "
+                f"({item}). It was killed or it crashed; look at the log of rank {end.rank} first."
             ) from item
         frame, ready = item
         if ready is not None:
@@ -232,13 +232,13 @@ class Receiver:
 
 
 def _side_stream(device: torch.device) -> torch.cuda.Stream | None:
-    return torch.cuda.Stream(device) if device.type == "cuda" else None
+    return torch.cuda.Stream(device=device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
 
 def _event_of(device: torch.device) -> torch.cuda.Event | None:
     """An event at the end of what was queued so far on the current stream; None on the CPU."""
     if device.type != "cuda":
         return None
-    event = torch.cuda.Event()
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
     event.record(torch.cuda.current_stream(device))
     return event

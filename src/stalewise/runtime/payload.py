@@ -24,8 +24,6 @@ def payload_groups(job: Job, device: torch.device) -> dict[tuple[int, int], dist
     own_gpus = all(kind == "cuda" for _, kind, _ in places) and len({tuple(place) for place in places}) == len(places)
     if not own_gpus or job.world_size == 1 or not dist.is_nccl_available():
         return {}
-    directions = [
-        direction for rank in range(job.world_size - 1) for direction in ((rank, rank + 1), (rank + 1, rank))
-    ]
+    directions = [direction for rank in range(job.world_size - 1) for direction in ((rank, rank + 1), (rank + 1, rank))]
     groups = {direction: dist.new_group(sorted(direction), backend="nccl") for direction in directions}
     return {direction: group for direction, group in groups.items() if job.rank in direction}

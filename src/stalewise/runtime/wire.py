@@ -113,7 +113,14 @@ class Encoder:
     def _message(self, frame: Frame) -> Iterator[Tensor]:
         leaves = [None if leaf is None else dense(leaf) for leaf in frame.leaves]
         prefix = _PREFIX.pack(
-            MAGIC, VERSION, frame.kind, frame.flags, frame.batch, self._plan, self._structure_index, len(leaves)
+            MAGIC,
+            VERSION,
+            frame.kind,
+            frame.flags,
+            frame.batch,
+            self._plan,
+            self._structure_index,
+            len(leaves),
         )
         for start in range(0, max(len(leaves), 1), LEAVES_PER_PAGE):
             described = b"".join(_describe(leaf) for leaf in leaves[start : start + LEAVES_PER_PAGE])
@@ -151,8 +158,9 @@ class Decoder:
             frame, structure_index = self._message()
             if frame.kind is not MessageKind.SCHEMA:
                 if structure_index != self._structure_index:
-                    raise self._error(f"names structure {structure_index}; the last described is "
-                                      f"{self._structure_index}")
+                    raise self._error(
+                        f"names structure {structure_index}; the last described is {self._structure_index}"
+                    )
                 return frame
             self._structure = self._parse_schema(frame)
             self._structure_index = structure_index

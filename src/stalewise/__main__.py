@@ -1,0 +1,6 @@
+"""`python -m stalewise`."""
+
+from stalewise.cli.main import run
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,57 @@
+"""The `stalewise` command: parses what a user typed, and turns errors into one clear message."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+from rich.console import Console
+
+from stalewise._version import __version__
+from stalewise.cli.doctor import doctor
+from stalewise.cli.evaluate import evaluate
+from stalewise.cli.program import program
+from stalewise.cli.train import train
+from stalewise.errors import ConfigError, StalewiseError, WorkerError
+
+__all__ = ["app", "run"]
+
+app = typer.Typer(
+    name="stalewise",
+    help="Train deep networks over devices of uneven speed with Diversely Stale Parameters (arXiv:1909.02625).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+app.command()(train)
+app.command()(evaluate)
+app.command()(program)
+app.command()(doctor)
+
+
+@app.callback(invoke_without_command=True)
+def options(version: bool = typer.Option(False, "--version", help="Print the version and exit.")) -> None:
+    """Options of all commands."""
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+def run() -> None:
+    """The entry point: exit code 0, 2 for wrong input, 1 for a failure at run time, 130 after Ctrl-C."""
+    try:
+        app()
+    except ConfigError as error:
+        _fail(error, 2)
+    except StalewiseError as error:
+        _fail(error, 2 if isinstance(error, WorkerError) and "ConfigError" in str(error) else 1)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
+
+
+def _fail(error: StalewiseError, code: int) -> None:
+    Console(stderr=True, highlight=False, soft_wrap=True).print("[bold red]error:[/] ", end="")
+    print(error, file=sys.stderr)
+    sys.exit(code)

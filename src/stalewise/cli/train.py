@@ -1,0 +1,109 @@
+"""`stalewise train`."""
+
+from __future__ import annotations
+
+import datetime
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from stalewise.experiments.config import DISPLAYS, SCHEDULES, TrainConfig, parse_numbers
+from stalewise.experiments.run_writer import prepare_run_folder
+from stalewise.experiments.training import run
+from stalewise.methods import METHOD_NAMES
+from stalewise.models import available_models
+
+__all__ = ["train"]
+
+Text = str | None
+_MODELS = f"{', '.join(available_models()[:6])}, .. or module:function of your own."
+
+
+def train(
+    model: Annotated[str, typer.Option(help=_MODELS)] = "resnet20",
+    data: Annotated[
+        str, typer.Option(help="digits, cifar10, cifar100, or the path of an image folder or parquet files.")
+    ] = "digits",
+    data_dir: Annotated[Text, typer.Option(help="Where the files of cifar10 or cifar100 are; else downloaded.")] = None,
+    stages: Annotated[int, typer.Option(help="Stages that the model is cut into, a process each.")] = 3,
+    method: Annotated[str, typer.Option(help=f"One of {', '.join(METHOD_NAMES)}.")] = "dsp",
+    queue: Annotated[Text, typer.Option(help="DSP: slack of each activation queue in batches, such as 1,1,0.")] = None,
+    staleness: Annotated[
+        Text, typer.Option(help="DSP: batches between forward and backward of each stage, such as 4,2,0.")
+    ] = None,
+    epochs: Annotated[int, typer.Option(help="Passes over the training set.")] = 10,
+    batch_size: Annotated[int, typer.Option(help="Samples per batch.")] = 64,
+    lr: Annotated[float, typer.Option(help="Peak learning rate of SGD.")] = 0.1,
+    momentum: Annotated[float, typer.Option(help="Momentum of SGD.")] = 0.9,
+    nesterov: Annotated[bool, typer.Option(help="Nesterov's form of momentum.")] = False,
+    weight_decay: Annotated[float, typer.Option(help="Weight decay of SGD.")] = 5e-4,
+    lr_schedule: Annotated[
+        str, typer.Option(help=f"One of {', '.join(SCHEDULES)}; stepped every update.")
+    ] = "onecycle",
+    clip_grad_norm: Annotated[float | None, typer.Option(help="Largest gradient norm of each stage.")] = None,
+    partition: Annotated[
+        str,
+        typer.Option(help="profile: measure and cut evenly; or the first layers of stages 1.., such as 4,8."),
+    ] = "profile",
+    engine: Annotated[
+        str, typer.Option(help="distributed: a process per stage; sequential: one process, the same numbers.")
+    ] = "distributed",
+    device: Annotated[str, typer.Option(help="auto, cpu, or cuda:0.")] = "auto",
+    threads: Annotated[int | None, typer.Option(help="Threads per stage; default: cores over stages.")] = None,
+    seed: Annotated[int, typer.Option(help="Of weights, data order, augmentation and random layers.")] = 0,
+    augment: Annotated[bool, typer.Option(help="Crop and mirror the training images at random.")] = True,
+    loader_workers: Annotated[int, typer.Option(help="Processes that prepare batches.")] = 0,
+    train_limit: Annotated[int | None, typer.Option(help="Use only the first so many training samples.")] = None,
+    test_limit: Annotated[int | None, typer.Option(help="Use only the first so many test samples.")] = None,
+    evaluate_every: Annotated[
+        int, typer.Option(help="Epochs between evaluations; the pipeline is drained for each.")
+    ] = 1,
+    recv_timeout: Annotated[float, typer.Option(help="Seconds a stage waits for one message.")] = 300.0,
+    out: Annotated[Path | None, typer.Option(help="Run folder; default: runs/MODEL-DATA-METHOD-TIME.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete an older run in the folder.")] = False,
+    display: Annotated[str, typer.Option(help=f"One of {', '.join(DISPLAYS)}.")] = "auto",
+    json: Annotated[bool, typer.Option("--json", help="Print JSON lines; the same as --display json.")] = False,
+) -> None:
+    """Train a network with its stages in processes of their own, and leave a run folder with a report.
+
+    Example: stalewise train --model resnet20 --data digits --stages 3 --method dsp --queue 1,1,0 --staleness 4,2,0
+    """
+    cuts = "profile" if partition == "profile" else parse_numbers(partition, "--partition")
+    config = TrainConfig(
+        model=model,
+        data=data,
+        data_dir=data_dir,
+        method=method,
+        stages=stages,
+        queue=parse_numbers(queue, "--queue"),
+        staleness=parse_numbers(staleness, "--staleness"),
+        epochs=epochs,
+        batch_size=batch_size,
+        lr=lr,
+        momentum=momentum,
+        nesterov=nesterov,
+        weight_decay=weight_decay,
+        lr_schedule=lr_schedule,
+        clip_grad_norm=clip_grad_norm,
+        partition=cuts or "profile",
+        engine=engine,
+        device=device,
+        threads=threads,
+        seed=seed,
+        augment=augment,
+        loader_workers=loader_workers,
+        train_limit=train_limit,
+        test_limit=test_limit,
+        evaluate_every=evaluate_every,
+        recv_timeout_s=recv_timeout,
+        display="json" if json else display,
+    )
+    folder = out or _default_folder(config)
+    prepare_run_folder(folder, overwrite=overwrite)
+    run(config, folder)
+
+
+def _default_folder(config: TrainConfig) -> Path:
+    name = "-".join(Path(part.replace(":", "-")).name for part in (config.model, config.data, config.method))
+    return Path("runs") / f"{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"

@@ -1,0 +1,170 @@
+"""What a training run is: one value, checked when it is made, kept as JSON in the run folder."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from stalewise.errors import ConfigError
+from stalewise.methods import Method, build_method
+
+__all__ = ["DISPLAYS", "SCHEDULES", "TrainConfig"]
+
+SCHEDULES = ("onecycle", "constant", "cosine", "step")
+DISPLAYS = ("auto", "live", "plain", "json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A training run on images.
+
+    Args:
+        model: name, or `module:function`; see `stalewise.models.build_model`.
+        data: name or path; see `stalewise.data.load_data`.
+        data_dir: where the files of a named data set are; None: the cache, or a download.
+        method: name; see `stalewise.methods.build_method`.
+        stages: K.
+        queue: p_k, or None for the method's own.
+        staleness: m_k, or None for the method's own.
+        epochs: passes over the training set.
+        batch_size: samples per batch.
+        lr: peak learning rate.
+        momentum: of SGD.
+        nesterov: momentum in Nesterov's form.
+        weight_decay: of SGD.
+        lr_schedule: of `SCHEDULES`, stepped once per update.
+        lr_milestones: for "step": fractions of the run after which the rate falls to a tenth.
+        clip_grad_norm: per stage, or None.
+        partition: "profile", or cuts.
+        engine: "distributed" or "sequential".
+        device: "auto" or a torch device.
+        threads: intra-op threads per stage; None: cores over stages.
+        seed: of weights, data order, augmentation and random layers.
+        augment: crop and flip the training images.
+        loader_workers: processes that prepare batches.
+        train_limit: use only so many training samples.
+        test_limit: use only so many test samples.
+        evaluate_every: epochs between evaluations, each of which drains the pipeline; the last epoch always does.
+        recv_timeout_s: how long a stage waits for a message.
+        display: of `DISPLAYS`.
+
+    Raises:
+        ConfigError: where a value is not valid.
+    """
+
+    model: str = "resnet20"
+    data: str = "digits"
+    data_dir: str | None = None
+    method: str = "dsp"
+    stages: int = 3
+    queue: tuple[int, ...] | None = None
+    staleness: tuple[int, ...] | None = None
+    epochs: int = 10
+    batch_size: int = 64
+    lr: float = 0.1
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 5e-4
+    lr_schedule: str = "onecycle"
+    lr_milestones: tuple[float, ...] = (0.5, 0.75)
+    clip_grad_norm: float | None = None
+    partition: str | tuple[int, ...] = "profile"
+    engine: str = "distributed"
+    device: str = "auto"
+    threads: int | None = None
+    seed: int = 0
+    augment: bool = True
+    loader_workers: int = 0
+    train_limit: int | None = None
+    test_limit: int | None = None
+    evaluate_every: int = 1
+    recv_timeout_s: float = 300.0
+    display: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("stages", 1),
+            ("epochs", 1),
+            ("batch_size", 1),
+            ("evaluate_every", 1),
+            ("seed", 0),
+        ):
+            _check_number(name, getattr(self, name), least, whole=True)
+        for name in ("train_limit", "test_limit", "threads"):
+            if getattr(self, name) is not None:
+                _check_number(name, getattr(self, name), 1, whole=True)
+        for name in ("lr", "momentum", "weight_decay", "loader_workers", "recv_timeout_s"):
+            _check_number(name, getattr(self, name), 0, whole=name == "loader_workers")
+        if self.clip_grad_norm is not None:
+            _check_number("clip_grad_norm", self.clip_grad_norm, 0, whole=False)
+        for name, choices in (
+            ("lr_schedule", SCHEDULES),
+            ("display", DISPLAYS),
+            ("engine", ("distributed", "sequential")),
+        ):
+            if getattr(self, name) not in choices:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(choices)}.")
+        if self.nesterov and not self.momentum:
+            raise ConfigError("nesterov is on and momentum is 0; Nesterov's form needs momentum. Give momentum=0.9.")
+        self.build_method()
+
+    def build_method(self) -> Method:
+        """The method with its depths."""
+        return build_method(self.method, num_stages=self.stages, staleness=self.staleness, queue=self.queue)
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON values, with the method's depths filled in."""
+        method = self.build_method()
+        depths: dict[str, Any] = {"staleness": list(method.staleness), "slack": list(method.staleness.slack)}
+        for name in ("queue", "gradient_queue"):
+            if hasattr(method, name):
+                depths[name] = list(getattr(method, name))
+        return {**asdict(self), **depths}
+
+    @classmethod
+    def read(cls, path: Path) -> TrainConfig:
+        """The configuration that `as_dict` wrote to a file.
+
+        Raises:
+            ConfigError: where the file is missing or malformed; the message names it.
+        """
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            known = {field.name for field in fields(cls)}
+            given: dict[str, Any] = {
+                name: tuple(value) if isinstance(value, list) else value
+                for name, value in values.items()
+                if name in known
+            }
+        except (OSError, ValueError, AttributeError) as error:
+            raise ConfigError(
+                f"{path} is not the configuration of a run ({error}); give the folder that `stalewise train` wrote."
+            ) from None
+        if given.get("method") != "dsp":
+            given.update(staleness=None, queue=None)
+        return cls(**given)
+
+
+def parse_numbers(text: str | None, option: str) -> tuple[int, ...] | None:
+    """`"4,2,0"` as (4, 2, 0); None stays None.
+
+    Raises:
+        ConfigError: naming the option and the entry that is no whole number.
+    """
+    if text is None:
+        return None
+    entries: Sequence[str] = [entry.strip() for entry in text.split(",")]
+    for entry in entries:
+        if not entry.lstrip("-").isdigit():
+            raise ConfigError(f"{option} {text!r} has the entry {entry!r}; give whole numbers such as 4,2,0.")
+    return tuple(int(entry) for entry in entries)
+
+
+def _check_number(name: str, value: Any, least: float, *, whole: bool) -> None:
+    kind = int if whole else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kind) or not math.isfinite(value) or value < least:
+        raise ConfigError(f"{name} is {value!r}; it must be {'a whole' if whole else 'a'} number of at least {least}.")

@@ -1,0 +1,240 @@
+"""One training run, from its configuration to its folder.
+
+`run` starts the workers; each of them executes `train_worker`, and rank 0 keeps the records:
+
+    config ─► launch ─► K x train_worker:  model, Pipeline ─► epochs: train, evaluate ─► timeline, model, report
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from stalewise.data import Batches, DataSplit, load_data
+from stalewise.experiments.config import TrainConfig
+from stalewise.experiments.display import Display, make_display
+from stalewise.experiments.environment import describe_environment
+from stalewise.experiments.optimizers import optimizer_recipe, schedule_recipe
+from stalewise.experiments.run_writer import RunWriter, write_json, write_timeline
+from stalewise.models import build_model
+from stalewise.pipeline import Pipeline
+from stalewise.report import Timeline, write_chrome_trace, write_report
+from stalewise.runtime.job import in_launched_job
+from stalewise.runtime.launch import launch
+
+__all__ = ["accuracy", "run", "train_worker"]
+
+
+def accuracy(output: Tensor, target: Tensor) -> Tensor:
+    """Fraction of samples whose largest logit is the target's. output [B, classes], target [B]."""
+    return (output.argmax(dim=1) == target).float().mean()
+
+
+def run(config: TrainConfig, path: Path) -> None:
+    """Train as configured and fill the run folder, which exists and is empty. Blocks until done.
+
+    Raises:
+        ConfigError: where the configuration, model or data are not valid.
+        WorkerError: where a worker failed.
+    """
+    write_json(path / "config.json", config.as_dict())
+    if config.engine == "sequential":
+        train_worker(str(path))
+    else:
+        launch(train_worker, num_workers=config.stages, args=[str(path)])
+
+
+def train_worker(folder: str) -> None:
+    """What each rank does; `folder` holds the configuration."""
+    path = Path(folder)
+    config = TrainConfig.read(path / "config.json")
+    threads = config.threads or default_threads(config)
+    torch.set_num_threads(threads)
+    data = load_data(
+        config.data,
+        data_dir=None if config.data_dir is None else Path(config.data_dir),
+        train_limit=config.train_limit,
+        test_limit=config.test_limit,
+    )
+    torch.manual_seed(config.seed)
+    model = build_model(config.model, num_classes=data.num_classes)
+    num_batches = len(_training_batches(config, data, 0))
+    pipeline = Pipeline(
+        model,
+        method=config.build_method(),
+        loss_fn=nn.functional.cross_entropy,
+        optimizer=optimizer_recipe(config),
+        lr_scheduler=schedule_recipe(config, num_updates=config.epochs * num_batches),
+        partition=config.partition if isinstance(config.partition, tuple) else "profile",
+        engine="sequential" if config.engine == "sequential" else "auto",
+        device=config.device,
+        seed=config.seed,
+        clip_grad_norm=config.clip_grad_norm,
+        recv_timeout_s=config.recv_timeout_s,
+        verbose=False,
+    )
+    if pipeline.rank == 0:
+        write_json(path / "environment.json", describe_environment(devices=pipeline.devices, threads=threads))
+        with make_display(config.display, path) as display, RunWriter(path) as writer:
+            _Recorder(config, data, pipeline, num_batches, writer, display).train()
+            _finish(path, pipeline, display)
+    else:
+        for epoch in range(config.epochs):
+            evaluates = _evaluates_after(config, epoch)
+            for _ in pipeline.train(drain=evaluates):
+                pass
+            if evaluates:
+                pipeline.evaluate(None, accuracy)
+        _finish(path, pipeline, None)
+
+
+def default_threads(config: TrainConfig) -> int:
+    """The cores of this host, shared by the stages that compute at the same time."""
+    cores = os.cpu_count() or 1
+    if config.engine == "sequential" and not in_launched_job():
+        return cores
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", config.stages)))
+
+
+class _Recorder:
+    """Rank 0's side of a run: reads the data, keeps the records, drives the display."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        data: DataSplit,
+        pipeline: Pipeline,
+        num_batches: int,
+        writer: RunWriter,
+        display: Display,
+    ) -> None:
+        self._config = config
+        self._data = data
+        self._pipeline = pipeline
+        self._num_batches = num_batches
+        self._writer = writer
+        self._display = display
+        self._start = time.perf_counter()
+        self._batch = 0
+
+    def train(self) -> None:
+        config = self._config
+        self._display.begin(config, self._num_batches, len(self._data.train))
+        training_s = 0.0
+        result: dict[str, Any] = {}
+        for epoch in range(config.epochs):
+            begin = time.perf_counter()
+            evaluates = _evaluates_after(config, epoch)
+            mean_loss = self._train_epoch(epoch, drain=evaluates)
+            epoch_s = time.perf_counter() - begin
+            training_s += epoch_s
+            result = {
+                "event": "epoch",
+                "epoch": epoch + 1,
+                "train_loss": mean_loss,
+                "test_accuracy": self._evaluate() if evaluates else None,
+                "lr": self._pipeline.learning_rate,
+                "samples_per_s": len(self._data.train) / epoch_s,
+                "epoch_s": epoch_s,
+                "time_s": self._elapsed(),
+            }
+            self._record(result)
+            self._writer.flush()
+        summary = {
+            "test_accuracy": result["test_accuracy"],
+            "train_loss": result["train_loss"],
+            "wall_time_s": self._elapsed(),
+            "training_s": training_s,
+            "samples_per_s": config.epochs * len(self._data.train) / training_s,
+            "batches": self._batch,
+            "epochs": config.epochs,
+        }
+        write_json(self._writer.path / "summary.json", summary)
+        self._display.end(summary)
+
+    def _train_epoch(self, epoch: int, *, drain: bool) -> float | None:
+        """Mean loss of the batches whose losses came in this epoch; batches left in flight count in the next."""
+        losses = []
+        for loss in self._pipeline.train(_training_batches(self._config, self._data, epoch), drain=drain):
+            if self._batch == 0 and self._pipeline.partition is not None:
+                self._keep_partition()
+            losses.append(loss)
+            self._record(
+                {
+                    "event": "batch",
+                    "epoch": self._batch // self._num_batches + 1,
+                    "batch": self._batch,
+                    "loss": loss,
+                    "lr": self._pipeline.learning_rate,
+                    "time_s": self._elapsed(),
+                }
+            )
+            self._batch += 1
+        return sum(losses) / len(losses) if losses else None
+
+    def _keep_partition(self) -> None:
+        partition = self._pipeline.partition
+        assert partition is not None
+        fixed = isinstance(self._config.partition, tuple)
+        write_json(
+            self._writer.path / "partition.json",
+            {"method": "fixed" if fixed else "profile", **partition.as_dict()},
+        )
+        self._display.partition(partition)
+
+    def _evaluate(self) -> float:
+        split = self._data
+        batches = Batches(
+            split.test,
+            split.mean,
+            split.std,
+            batch_size=max(self._config.batch_size, 100),
+            seed=self._config.seed,
+            epoch=0,
+            shuffle=False,
+            augment=False,
+        )
+        return self._pipeline.evaluate(batches, accuracy)
+
+    def _record(self, record: dict[str, Any]) -> None:
+        self._writer.add(record)
+        self._display.show(record, self._pipeline.statuses())
+
+    def _elapsed(self) -> float:
+        return time.perf_counter() - self._start
+
+
+def _training_batches(config: TrainConfig, data: DataSplit, epoch: int) -> Batches:
+    return Batches(
+        data.train,
+        data.mean,
+        data.std,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        epoch=epoch,
+        shuffle=True,
+        augment=config.augment,
+        num_workers=config.loader_workers,
+    )
+
+
+def _evaluates_after(config: TrainConfig, epoch: int) -> bool:
+    return (epoch + 1) % config.evaluate_every == 0 or epoch + 1 == config.epochs
+
+
+def _finish(path: Path, pipeline: Pipeline, display: Display | None) -> None:
+    """Every rank leaves its timeline, then rank 0 the model and what is made for people."""
+    write_timeline(path, pipeline.traces)
+    state = pipeline.state_dict()
+    if display is None:
+        return
+    save_file({name: value.contiguous() for name, value in state.items()}, path / "model.safetensors")
+    write_chrome_trace(Timeline.load(path), path / "trace.json")
+    write_report(path)
+    display.finished(path)

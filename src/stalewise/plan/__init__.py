@@ -1,0 +1,1 @@
+"""Where to cut a model into stages: what each layer costs, and the split that costs least."""

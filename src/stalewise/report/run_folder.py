@@ -1,0 +1,435 @@
+"""What a training run left in its folder, read with care.
+
+    config.json        required   what was asked for
+    metrics.jsonl      required   a line per batch and per epoch
+    environment.json   optional   where it ran
+    partition.json     optional   which layers each stage held
+    timeline/*.npz     optional   who did what when (`report.timeline`)
+    summary.json       optional   written last, so it is missing where a run did not end
+
+Fields may be missing or null: they read as None. What is there must have the right type, or a `ConfigError`
+names the file, the line and the repair.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from stalewise.errors import ConfigError
+from stalewise.protocol.staleness import Staleness
+from stalewise.report.timeline import Timeline
+
+__all__ = ["BatchPoint", "EpochPoint", "LayerPart", "Partition", "Record", "RunFolder", "StagePart"]
+
+
+class Record:
+    """A JSON object and the place it was read from.
+
+    Args:
+        values: the object.
+        path: its file.
+        line: its line in the file, where the file has one object a line.
+        text: the text of the file, to find the line of a field.
+        inside: what leads to the object within its file, such as `layers[3].`.
+    """
+
+    def __init__(
+        self,
+        values: Mapping[str, object],
+        path: Path,
+        *,
+        line: int | None = None,
+        text: str = "",
+        inside: str = "",
+    ) -> None:
+        self.values = values
+        self._path, self._line, self._text, self._inside = path, line, text, inside
+
+    def __bool__(self) -> bool:
+        return bool(self.values)
+
+    def number(self, name: str) -> float | None:
+        """A number, NaN and infinity included."""
+        value = self.values.get(name)
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise self.error(name, "a number or null")
+        return float(value)
+
+    def integer(self, name: str) -> int | None:
+        """A whole number >= 0."""
+        value = self.values.get(name)
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise self.error(name, "a whole number >= 0 or null")
+        return value
+
+    def text(self, name: str) -> str | None:
+        """A text that is not empty."""
+        value = self.values.get(name)
+        if value is None or value == "":
+            return None
+        if not isinstance(value, str):
+            raise self.error(name, "a text or null")
+        return value
+
+    def integers(self, name: str) -> tuple[int, ...] | None:
+        """A list of whole numbers >= 0."""
+        value = self.values.get(name)
+        if value is None:
+            return None
+        if not isinstance(value, list) or not all(type(entry) is int and entry >= 0 for entry in value):
+            raise self.error(name, "a list of whole numbers >= 0 or null")
+        return tuple(value)
+
+    def texts(self, name: str) -> tuple[str, ...]:
+        """A list of texts, empty where it is missing."""
+        value = self.values.get(name)
+        if value is None:
+            return ()
+        if not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
+            raise self.error(name, "a list of texts or null")
+        return tuple(value)
+
+    def records(self, name: str) -> list[Record]:
+        """A list of objects, empty where it is missing."""
+        value = self.values.get(name)
+        if value is None:
+            return []
+        if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
+            raise self.error(name, "a list of objects or null")
+        return [
+            Record(entry, self._path, inside=f"{self._inside}{name}[{index}].")
+            for index, entry in enumerate(value)
+        ]
+
+    def error(self, name: str, rule: str) -> ConfigError:
+        """The error for a field that is not what `rule` says."""
+        line = self._line
+        if line is None and (match := re.search(rf'"{re.escape(name)}"\s*:', self._text)):
+            line = self._text.count("\n", 0, match.start()) + 1
+        where = str(self._path) if line is None else f"{self._path}, line {line}"
+        return ConfigError(
+            f"{where}: {self._inside}{name} is {self.values.get(name)!r}; it must be {rule}. "
+            "Correct the value, or remove it: the report then says that it is not recorded."
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchPoint:
+    """A `batch` line of metrics.jsonl; `batch` counts over the whole run."""
+
+    batch: int
+    epoch: int | None
+    loss: float | None
+    lr: float | None
+    time_s: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochPoint:
+    """An `epoch` line of metrics.jsonl; `test_accuracy` is a fraction."""
+
+    epoch: int
+    train_loss: float | None
+    test_loss: float | None
+    test_accuracy: float | None
+    samples_per_s: float | None
+    time_s: float | None
+    last_batch: int | None
+    """Index of the last batch line before it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerPart:
+    """A layer in partition.json."""
+
+    index: int
+    name: str
+    type: str
+    stage: int | None
+    parameters: int | None
+    forward_s: float | None
+    backward_s: float | None
+    output_bytes: int | None
+
+    @property
+    def seconds(self) -> float | None:
+        """Measured forward and backward together; None unless both are known."""
+        if self.forward_s is None or self.backward_s is None:
+            return None
+        return self.forward_s + self.backward_s
+
+
+@dataclass(frozen=True, kw_only=True)
+class StagePart:
+    """A stage in partition.json; `layers` is half open."""
+
+    stage: int
+    layers: tuple[int, int] | None
+    parameters: int | None
+    predicted_s: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Partition:
+    """The content of partition.json."""
+
+    method: str | None
+    layers: tuple[LayerPart, ...]
+    stages: tuple[StagePart, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFolder:
+    """A run folder in memory; what is missing is empty or None, and `notes` says so in sentences."""
+
+    path: Path
+    config: Record
+    environment: Record
+    summary: Record
+    batches: tuple[BatchPoint, ...]
+    epochs: tuple[EpochPoint, ...]
+    partition: Partition | None
+    timeline: Timeline | None
+    staleness: Staleness | None
+    notes: tuple[str, ...]
+
+    @classmethod
+    def read(cls, path: Path) -> RunFolder:
+        """Read a run folder.
+
+        Raises:
+            ConfigError: where a required file is missing, or a file is malformed.
+        """
+        path = Path(path)
+        if not path.is_dir():
+            raise ConfigError(f"{path} is not a folder; give the folder that a training run wrote.")
+        notes: list[str] = []
+        config = _read_json(path / "config.json", required=True)
+        batches, epochs = _read_metrics(path / "metrics.jsonl", notes)
+        optional = {}
+        for name, meaning in (
+            ("summary.json", "the run did not end, and totals come from the last epoch"),
+            ("environment.json", "where the run took place is not known"),
+            ("partition.json", "which layers each stage held is not known"),
+        ):
+            optional[name] = _read_json(path / name, required=False)
+            if not optional[name]:
+                notes.append(f"{name} is missing or empty: {meaning}.")
+        staleness = _staleness(config)
+        timeline = None
+        if any((path / "timeline").glob("stage*.npz")):
+            timeline = Timeline.load(path)
+        else:
+            notes.append("The timeline is missing: how the stages spent their time is not known.")
+        _check_stages(path, config, staleness, timeline)
+        return cls(
+            path=path,
+            config=config,
+            environment=optional["environment.json"],
+            summary=optional["summary.json"],
+            batches=batches,
+            epochs=epochs,
+            partition=_partition(optional["partition.json"]),
+            timeline=timeline,
+            staleness=staleness,
+            notes=tuple(notes),
+        )
+
+    @property
+    def num_stages(self) -> int | None:
+        """K, from the first of configuration, staleness, timeline and partition that says it."""
+        if (stages := self.config.integer("stages")) is not None:
+            return stages
+        if self.staleness is not None:
+            return len(self.staleness)
+        if self.timeline is not None:
+            return self.timeline.num_stages
+        return len(self.partition.stages) or None if self.partition else None
+
+    def total(self, name: str) -> float | None:
+        """A number of summary.json; without it the last epoch's number of that name."""
+        if (value := self.summary.number(name)) is not None:
+            return value
+        if name == "batches":
+            return float(self.batches[-1].batch + 1) if self.batches else None
+        if not self.epochs:
+            return None
+        last = self.epochs[-1]
+        fallback = {
+            "test_accuracy": last.test_accuracy,
+            "train_loss": last.train_loss,
+            "wall_time_s": last.time_s,
+            "samples_per_s": last.samples_per_s,
+            "epochs": float(last.epoch),
+        }
+        return fallback[name]
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{path} does not exist; a run folder holds config.json and metrics.jsonl at least. "
+            "Give the folder that a training run wrote."
+        ) from None
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise ConfigError(
+            f"{path}, line {line}: byte {error.start} is not UTF-8; save the file as UTF-8, or copy it again "
+            "from the run."
+        ) from error
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error}); make it a readable file.") from error
+
+
+def _read_json(path: Path, *, required: bool) -> Record:
+    if not required and not path.exists():
+        return Record({}, path)
+    text = _read_text(path)
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(
+            f"{path}, line {error.lineno}: not JSON ({error.msg}). Correct the line, or copy the file again "
+            "from the run."
+        ) from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}, line 1: holds {type(values).__name__}; it must hold one object, {{...}}.")
+    return Record(values, path, text=text)
+
+
+def _read_metrics(path: Path, notes: list[str]) -> tuple[tuple[BatchPoint, ...], tuple[EpochPoint, ...]]:
+    text = _read_text(path)
+    batches: list[BatchPoint] = []
+    epochs: list[EpochPoint] = []
+    lines = text.split("\n")
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            values = json.loads(line)
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                # Only a line without its end can be half written: the run was stopped while it wrote.
+                notes.append(f"The last line of {path.name}, line {number}, is cut off and left out.")
+                continue
+            raise ConfigError(
+                f"{path}, line {number}: not JSON ({error.msg}). Delete the line; the report does without it."
+            ) from error
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path}, line {number}: {line[:40]!r} is not an object; delete the line.")
+        record = Record(values, path, line=number)
+        event = record.text("event")
+        if event == "batch":
+            batches.append(
+                BatchPoint(
+                    batch=_required(record, "batch"),
+                    epoch=record.integer("epoch"),
+                    loss=record.number("loss"),
+                    lr=record.number("lr"),
+                    time_s=record.number("time_s"),
+                )
+            )
+        elif event == "epoch":
+            epochs.append(
+                EpochPoint(
+                    epoch=_required(record, "epoch"),
+                    train_loss=record.number("train_loss"),
+                    test_loss=record.number("test_loss"),
+                    test_accuracy=record.number("test_accuracy"),
+                    samples_per_s=record.number("samples_per_s"),
+                    time_s=record.number("time_s"),
+                    last_batch=batches[-1].batch if batches else None,
+                )
+            )
+    if not batches and not epochs:
+        notes.append(f"{path.name} holds no batch and no epoch: the run ended before its first batch.")
+    return tuple(batches), tuple(epochs)
+
+
+def _required(record: Record, name: str) -> int:
+    value = record.integer(name)
+    if value is None:
+        raise record.error(name, "a whole number >= 0: it says where the line belongs")
+    return value
+
+
+def _staleness(config: Record) -> Staleness | None:
+    values = config.integers("staleness")
+    if values is None:
+        return None
+    try:
+        return Staleness(values)
+    except ConfigError as error:
+        raise config.error("staleness", f"a valid staleness ({error})") from error
+
+
+def _check_stages(path: Path, config: Record, staleness: Staleness | None, timeline: Timeline | None) -> None:
+    """All files speak of the same number of stages."""
+    stages = config.integer("stages")
+    if stages == 0:
+        raise config.error("stages", "at least 1")
+    if stages is None and staleness is not None:
+        stages = len(staleness)
+    if stages is None:
+        return
+    for name in ("staleness", "queue", "gradient_queue"):
+        values = config.integers(name)
+        if values is not None and len(values) != stages:
+            raise config.error(name, f"one number for each of the {stages} stages")
+    if timeline is not None and timeline.num_stages != stages:
+        raise ConfigError(
+            f"{path / 'timeline'} holds {timeline.num_stages} stages and config.json names {stages}; "
+            "copy the missing files of the run, or delete the timeline folder."
+        )
+
+
+def _partition(record: Record) -> Partition | None:
+    if not record:
+        return None
+    stages = []
+    for place, stage in enumerate(record.records("stages")):
+        layers = stage.integers("layers")
+        if layers is not None and (len(layers) != 2 or layers[0] > layers[1]):
+            raise stage.error("layers", "the half-open range [first, end]")
+        number = stage.integer("stage")
+        stages.append(
+            StagePart(
+                stage=place if number is None else number,
+                layers=None if layers is None else (layers[0], layers[1]),
+                parameters=stage.integer("parameters"),
+                predicted_s=stage.number("predicted_s"),
+            )
+        )
+    parts = []
+    for place, layer in enumerate(record.records("layers")):
+        number = layer.integer("index")
+        index = place if number is None else number
+        owner = layer.integer("stage")
+        if owner is None:
+            owner = next(
+                (part.stage for part in stages if part.layers and part.layers[0] <= index < part.layers[1]),
+                None,
+            )
+        parts.append(
+            LayerPart(
+                index=index,
+                name=layer.text("name") or str(index),
+                type=layer.text("type") or "layer",
+                stage=owner,
+                parameters=layer.integer("parameters"),
+                forward_s=layer.number("forward_s"),
+                backward_s=layer.number("backward_s"),
+                output_bytes=layer.integer("output_bytes"),
+            )
+        )
+    return Partition(method=record.text("method"), layers=tuple(parts), stages=tuple(stages))
