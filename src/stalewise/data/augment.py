@@ -1,8 +1,9 @@
 """The usual augmentation of CIFAR: random crops of the zero-padded image, and mirroring.
 
     bits of a sample   62 ..... 32   31          30 ...... 0
-    decide             left edge     mirrored    top edge       edges 0 .. 8 of the padded image; 4 is no
-    shift
+    decide             left edge     mirrored    top edge
+
+Edges are 0 .. 8 in the padded image; 4 is where the image itself is.
 
 Source: He et al., arXiv:1512.03385, section 4.2. Padded with 0 before the normalisation, that is with black.
 """

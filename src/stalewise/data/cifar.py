@@ -1,6 +1,6 @@
 """CIFAR-10 and CIFAR-100 in their binary form: fixed-length records and nothing to interpret.
 
-    CIFAR-10    label (1 byte)                             1024 red, 1024 green, 1024 blue, row by row
+    CIFAR-10    label (1 byte)                               1024 red, 1024 green, 1024 blue, row by row
     CIFAR-100   coarse label (1 byte), fine label (1 byte)   likewise
 
 The Python form of the same archives is not read: it is pickled, and reading a pickle may run code.
@@ -184,8 +184,11 @@ def _other_form(data_dir: Path) -> str:
 
 
 def _checked_archive(layout: CifarLayout, path: Path) -> _Contents:
-    with path.open("rb") as file:
-        md5 = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+    try:
+        with path.open("rb") as file:
+            md5 = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error}. Check its permissions and the disk.") from error
     if md5 != layout.md5:
         raise DataError(
             f"{path} has md5 {md5}, and {layout.archive} has {layout.md5}; the file is damaged or another "

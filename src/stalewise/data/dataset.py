@@ -75,9 +75,7 @@ class ImageDataset:
         if limit is None:
             return self
         if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
-            raise ConfigError(
-                f"the limit for {self.name} is {limit!r}; it counts samples, so give an integer >= 1."
-            )
+            raise ConfigError(f"the limit for {self.name} is {limit!r}; it counts samples, so give an integer >= 1.")
         return replace(self, images=self.images[:limit], labels=self.labels[:limit])
 
 

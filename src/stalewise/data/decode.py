@@ -102,9 +102,7 @@ def _decode(encoded: bytes, where: str, size: tuple[int, int] | None) -> NDArray
             if width * height > MAX_PIXELS:
                 raise Image.DecompressionBombError(f"{width} x {height} pixels, more than {MAX_PIXELS}")
             if image.mode not in _MODES:
-                raise ValueError(
-                    f"mode {image.mode}, which has more than 8 bits per channel or no RGB colours"
-                )
+                raise ValueError(f"mode {image.mode}, which has more than 8 bits per channel or no RGB colours")
             # A palette with transparency goes through RGBA: Pillow warns of the direct way.
             indirect = image.mode == "P" and "transparency" in image.info
             decoded = (image.convert("RGBA") if indirect else image).convert("RGB")

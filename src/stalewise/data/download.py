@@ -102,9 +102,7 @@ def fetch(url: str, *, md5: str, folder: Path) -> Path:
     try:
         with _Bar(name) as bar, _quiet(pooch.get_logger()):
             downloader = pooch.HTTPDownloader(progressbar=bar, chunk_size=_CHUNK_BYTES, timeout=_TIMEOUT_S)
-            return Path(
-                pooch.retrieve(url, known_hash=f"md5:{md5}", fname=name, path=folder, downloader=downloader)
-            )
+            return Path(pooch.retrieve(url, known_hash=f"md5:{md5}", fname=name, path=folder, downloader=downloader))
     # The errors of requests are OSErrors, and pooch reports a wrong checksum by a ValueError.
     except (OSError, ValueError) as error:
         response = getattr(error, "response", None)

@@ -104,8 +104,7 @@ def _check_test_classes(test_root: Path, train: Sequence[str], test: Sequence[st
             nearest = difflib.get_close_matches(name, train, n=1)
             raise DataError(
                 f"{test_root / name} is a class that the training images do not have; test classes must be "
-                f"among {', '.join(train)}. "
-                + (f"Is it {nearest[0]!r}?" if nearest else "Remove it or rename it.")
+                f"among {', '.join(train)}. " + (f"Is it {nearest[0]!r}?" if nearest else "Remove it or rename it.")
             )
 
 

@@ -72,11 +72,11 @@ def load_parquet(name: str, pair: _Pair, *, cache_dir: Path) -> DataSplit:
     class_names = train[0].class_names or tuple(
         str(label) for label in range(1 + max(int(shard.labels.max()) for shard in train))
     )
+    for shard in (*train, *test):
+        shard.check_labels(class_names)
     size = train[0].first_image_size()
     datasets = []
     for split, shards in (("train", train), ("test", test)):
-        for shard in shards:
-            shard.check_labels(len(class_names))
         datasets.append(
             ImageDataset(
                 name=f"{name} {split}",

@@ -58,8 +58,14 @@ class ParquetShard:
         self.labels: NDArray[np.int64] = self._read_labels()
         self.class_names = _class_names(schema.metadata or {}, self._label_column)
 
-    def check_labels(self, num_classes: int) -> None:
-        """Raise `DataError` at the first record whose label is not below `num_classes`."""
+    def check_labels(self, class_names: tuple[str, ...]) -> None:
+        """Raise `DataError` where the file names other classes, or at the first record whose label has no name."""
+        if self.class_names not in (None, class_names):
+            raise DataError(
+                f"{self._path} names the classes {self.class_names}, and the training data {class_names}; a label "
+                "must mean the same class in both. Label both splits alike."
+            )
+        num_classes = len(class_names)
         wrong = np.flatnonzero(self.labels >= num_classes)
         if len(wrong):
             raise DataError(
@@ -98,8 +104,7 @@ class ParquetShard:
             yield
         except (pyarrow.ArrowException, OSError) as error:
             raise DataError(
-                f"{self._path} cannot be read: {error}. It must be a whole parquet file; download or copy it "
-                "again."
+                f"{self._path} cannot be read: {error}. It must be a whole parquet file; download or copy it again."
             ) from error
 
     def _find_images(self, schema: Any) -> tuple[str, bool]:
@@ -144,9 +149,7 @@ class ParquetShard:
             column = file.read(columns=[self._label_column]).column(self._label_column)
         if column.null_count:
             index = column.is_null().to_pylist().index(True)
-            raise DataError(
-                f"{self._where(index)} has no label; every record needs one. Add it or drop the record."
-            )
+            raise DataError(f"{self._where(index)} has no label; every record needs one. Add it or drop the record.")
         labels: NDArray[np.int64] = column.to_numpy().astype(np.int64)
         negative = np.flatnonzero(labels < 0)
         if len(negative):

@@ -16,13 +16,14 @@ import torch
 
 from stalewise._version import __version__
 
-__all__ = ["describe_environment", "processor_name"]
+__all__ = ["describe_environment", "processor_name", "typed_command"]
 
 
-def describe_environment(*, devices: list[str], threads: int) -> dict[str, Any]:
+def describe_environment(command: str, devices: list[str], threads: int) -> dict[str, Any]:
     """Versions, hardware and command, as JSON values.
 
     Args:
+        command: by which the run was started.
         devices: of each stage.
         threads: intra-op threads per stage.
     """
@@ -36,10 +37,15 @@ def describe_environment(*, devices: list[str], threads: int) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads_per_stage": threads,
         "devices": devices,
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": command,
         "started": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "commit": _commit(),
     }
+
+
+def typed_command() -> str:
+    """The command of this process, as a person would type it."""
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 def processor_name() -> str:

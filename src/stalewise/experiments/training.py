@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from stalewise.data import Batches, DataSplit, load_data
 from stalewise.experiments.config import TrainConfig
 from stalewise.experiments.display import Display, make_display
-from stalewise.experiments.environment import describe_environment
+from stalewise.experiments.environment import describe_environment, typed_command
 from stalewise.experiments.optimizers import optimizer_recipe, schedule_recipe
 from stalewise.experiments.run_writer import RunWriter, write_json, write_timeline
 from stalewise.models import build_model
@@ -45,13 +45,18 @@ def run(config: TrainConfig, path: Path) -> None:
     """
     write_json(path / "config.json", config.as_dict())
     if config.engine == "sequential":
-        train_worker(str(path))
+        train_worker(str(path), typed_command())
     else:
-        launch(train_worker, num_workers=config.stages, args=[str(path)])
+        launch(train_worker, num_workers=config.stages, args=[str(path), typed_command()])
 
 
-def train_worker(folder: str) -> None:
-    """What each rank does; `folder` holds the configuration."""
+def train_worker(folder: str, command: str) -> None:
+    """What each rank does.
+
+    Args:
+        folder: of the run; holds its configuration.
+        command: by which the run was started, for the record.
+    """
     path = Path(folder)
     config = TrainConfig.read(path / "config.json")
     threads = config.threads or default_threads(config)
@@ -80,7 +85,7 @@ def train_worker(folder: str) -> None:
         verbose=False,
     )
     if pipeline.rank == 0:
-        write_json(path / "environment.json", describe_environment(devices=pipeline.devices, threads=threads))
+        write_json(path / "environment.json", describe_environment(command, pipeline.devices, threads))
         with make_display(config.display, path) as display, RunWriter(path) as writer:
             _Recorder(config, data, pipeline, num_batches, writer, display).train()
             _finish(path, pipeline, display)

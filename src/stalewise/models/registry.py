@@ -1,10 +1,12 @@
 """From the text that a user types to a model: `resnet20`, `preresnet164`, or one's own `module:function`.
 
-name                model
-resnet<6n+2>        basic ResNet, except that
-resnet164           and resnet1001 are the pre-activation bottleneck networks known by these names
-preresnet<9n+2>     pre-activation bottleneck ResNet
-module:function     what `function` of `module` returns; the current directory is searched first
+    name                model
+    resnet<6n+2>        basic ResNet, except that
+    resnet164           and resnet1001 are the pre-activation bottleneck networks known by these names
+    preresnet<9n+2>     pre-activation bottleneck ResNet
+    module:function     what `function` of `module` returns
+
+Where 6n + 2 and 9n + 2 are both possible, as for 20 and 56, `resnet` is the basic one.
 """
 
 from __future__ import annotations
@@ -42,8 +44,8 @@ def available_models() -> list[str]:
 def build_model(name: str, *, num_classes: int, in_channels: int = 3) -> nn.Sequential | list[nn.Module]:
     """The model of that name, as the sequence of layers that a plan cuts into stages.
 
-    For `module:function`, the current directory is put first on `sys.path` and stays there, because worker
-    processes import the same module again. Errors raised by the function itself are passed on as they are.
+    For `module:function`, the current directory is put on `sys.path`, first unless it is there, and stays there,
+    because worker processes import the same module again. What the function itself raises is passed on.
 
     Args:
         name: `resnet<depth>`, `preresnet<depth>` or `module:function`.
@@ -75,8 +77,7 @@ def _unknown_model(name: str) -> str:
     nearest = difflib.get_close_matches(name.lower(), _COMMON, n=1, cutoff=0.5)
     return (
         f"there is no model named {name!r}; a model is resnet<6n+2>, preresnet<9n+2>, or your own as "
-        "module:function. "
-        + (f"Did you mean {nearest[0]!r}?" if nearest else f"Try one of {', '.join(_COMMON)}.")
+        "module:function. " + (f"Did you mean {nearest[0]!r}?" if nearest else f"Try one of {', '.join(_COMMON)}.")
     )
 
 
@@ -101,8 +102,8 @@ def _build_users_model(name: str, offered: dict[str, int]) -> nn.Sequential | li
         checked = list(layers)
     else:
         raise ConfigError(
-            f"{name} returned an object of type {type(layers).__name__}; a model is cut between its layers, so it must be an "
-            "nn.Sequential or a list of nn.Module. Return the layers in the order in which they run."
+            f"{name} returned an object of type {type(layers).__name__}; a model is cut between its layers, so it "
+            "must be an nn.Sequential or a list of nn.Module. Return the layers in the order in which they run."
         )
     if len(checked) == 0:
         raise ConfigError(f"{name} returned no layers; a model needs at least one. Return all its layers.")
@@ -120,23 +121,17 @@ def _find_function(name: str, module_name: str, function_name: str) -> Callable[
         # Whatever the file raises while it is imported (a script may even exit), the user needs its text.
         raise ConfigError(
             f"module {module_name!r} of model {name!r} cannot be imported: {type(error).__name__}: {error}. "
-            f"Modules are searched in {here} first; check the name, and that `python -c 'import "
-            f"{module_name}'` works there."
+            f"A module must be on sys.path, or in the current directory {here}; check that "
+            f"`python -c 'import {module_name}'` works there."
         ) from error
     try:
         function = getattr(module, function_name)
     except AttributeError:
-        callables = [
-            key for key, value in vars(module).items() if callable(value) and not key.startswith("_")
-        ]
+        callables = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         nearest = difflib.get_close_matches(function_name, callables, n=1)
         raise ConfigError(
             f"module {module_name!r} ({module.__file__}) has no {function_name!r}; model {name!r} needs it. "
-            + (
-                f"Did you mean {module_name}:{nearest[0]}?"
-                if nearest
-                else f"It defines {callables or 'nothing'}."
-            )
+            + (f"Did you mean {module_name}:{nearest[0]}?" if nearest else f"It defines {callables or 'nothing'}.")
         ) from None
     if not callable(function):
         raise ConfigError(

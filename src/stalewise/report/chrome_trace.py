@@ -36,13 +36,13 @@ _LANES = 100
 def write_chrome_trace(timeline: Timeline, path: Path, *, window: Window | None = None) -> Path:
     """Write the timeline as Chrome trace JSON.
 
-    Events are written one after another as they are made, so memory does not grow with the file. The file
+    Events are written one after another as they are made, so no list of them is ever in memory. The file
     appears under `path` only when it is complete.
 
     Args:
         timeline: what to write.
         path: file to write, by custom `trace.json`.
-        window: only records that share time with it; None for the whole run, about 110 bytes a record.
+        window: only records that share time with it; None for the whole run, about 180 bytes a record.
 
     Returns:
         `path`.
@@ -153,9 +153,7 @@ def _pairs(sender: StageSpans, send: Kind, receiver: StageSpans, receive: Kind) 
     matches, others = np.unique(receiver.batch[receives], return_counts=True)
     known = dict(zip(matches.tolist(), others.tolist(), strict=True))
     paired = [
-        batch
-        for batch, count in zip(batches.tolist(), counts.tolist(), strict=True)
-        if known.get(batch) == count
+        batch for batch, count in zip(batches.tolist(), counts.tolist(), strict=True) if known.get(batch) == count
     ]
     sends = sends[np.isin(sender.batch[sends], paired)]
     receives = receives[np.isin(receiver.batch[receives], paired)]

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stalewise.errors import ConfigError
-from stalewise.protocol.actions import COMPUTE, Kind
+from stalewise.protocol.actions import Kind
 from stalewise.protocol.trace import KIND_CODES
 from stalewise.report.run_folder import BatchPoint, EpochPoint, Partition
 from stalewise.report.timeline import Activity, Timeline, Usage, Window
@@ -125,14 +125,10 @@ def loss_curve(batches: Sequence[BatchPoint], epochs: Sequence[EpochPoint]) -> s
                 size = math.ceil(len(x) / (_MAX_POINTS // 2))
                 starts = np.arange(0, len(x), size)
                 low, high = np.minimum.reduceat(y, starts), np.maximum.reduceat(y, starts)
-                axes.fill_between(
-                    x[starts], low, high, color=_RAW, linewidth=0, alpha=0.75, label="train, each batch"
-                )
+                axes.fill_between(x[starts], low, high, color=_RAW, linewidth=0, alpha=0.75, label="train, each batch")
             else:
                 marker = "o" if len(x) <= 30 else ""
-                axes.plot(
-                    x, y, color=_RAW, linewidth=1.0, marker=marker, markersize=3, label="train, each batch"
-                )
+                axes.plot(x, y, color=_RAW, linewidth=1.0, marker=marker, markersize=3, label="train, each batch")
             width = smoothing(len(x))
             smooth = _moving_mean(y, width)
             keep = np.unique(np.linspace(0, len(x) - 1, min(len(x), _MAX_POINTS)).astype(np.int64))
@@ -219,9 +215,7 @@ def timeline_picture(timeline: Timeline, window: Window, *, batch: int | None = 
     pixels_per_ns = (_WIDE - left - right) / max(window.end_ns - window.start_ns, 1)
 
     def draw(figure: Any) -> None:
-        axes = figure.add_axes(
-            (left / _WIDE, bottom / height, 1 - (left + right) / _WIDE, 1 - (top + bottom) / height)
-        )
+        axes = figure.add_axes((left / _WIDE, bottom / height, 1 - (left + right) / _WIDE, 1 - (top + bottom) / height))
         for spans in timeline.stages:
             inside = spans.within(window)
             starts = (np.maximum(inside.start_ns, window.start_ns) - window.start_ns) * 1e-6
@@ -237,8 +231,7 @@ def timeline_picture(timeline: Timeline, window: Window, *, batch: int | None = 
                     axes.broken_barh(bars, (spans.stage - 0.36, 0.72), zorder=2, **_face(activity, 0.6))
             for row, activity in enumerate(activities):
                 number = int(inside.batch[row])
-                compute = KIND_CODES[int(inside.kind[row])] in COMPUTE
-                if not compute or number < 0:
+                if number < 0 or activity not in (Activity.FORWARD, Activity.RECOMPUTE, Activity.BACKWARD):
                     continue
                 middle, width = (starts[row] + ends[row]) / 2, (ends[row] - starts[row]) * 1e6 * pixels_per_ns
                 if number == batch:
@@ -252,7 +245,7 @@ def timeline_picture(timeline: Timeline, window: Window, *, batch: int | None = 
                     )
                 # The smaller size is for the long batch numbers of long runs.
                 fitting = [each for each in (9.5, 8.0) if width >= 0.6 * each * len(str(number)) + 2]
-                if fitting and activity is not Activity.UPDATE:
+                if fitting:
                     axes.text(
                         middle,
                         spans.stage,
@@ -288,9 +281,7 @@ def time_shares(usage: Usage) -> str:
     def draw(figure: Any) -> None:
         from matplotlib.ticker import PercentFormatter
 
-        axes = figure.add_axes(
-            (left / _WIDE, bottom / height, 1 - (left + right) / _WIDE, 1 - (top + bottom) / height)
-        )
+        axes = figure.add_axes((left / _WIDE, bottom / height, 1 - (left + right) / _WIDE, 1 - (top + bottom) / height))
         present = []
         for activity in (*_SHOWN, Activity.WAIT_ACTIVATION, Activity.UNRECORDED):
             shares = [stage.waiting if activity.is_wait else stage.shares[activity] for stage in usage.stages]
@@ -382,9 +373,7 @@ def partition_bar(partition: Partition) -> tuple[str, str]:
             pixels = (end - first) / total * (_WIDE - 2 * edge)
             label = next((text for text in (detail, name, str(stage)) if pixels > 6.6 * len(text)), "")
             inset = 0.0015 * total
-            axes.plot(
-                [first + inset, end - inset], [0.62, 0.62], color=_MUTED, linewidth=1.2, solid_capstyle="butt"
-            )
+            axes.plot([first + inset, end - inset], [0.62, 0.62], color=_MUTED, linewidth=1.2, solid_capstyle="butt")
             axes.text((first + end) / 2, 0.72, label, ha="center", va="bottom", fontsize=11.5)
         axes.set_xlim(0, total)
         axes.set_ylim(-0.56, 1.12)
@@ -395,9 +384,7 @@ def partition_bar(partition: Partition) -> tuple[str, str]:
 def _curve_axes(figure: Any, x_label: str) -> Any:
     from matplotlib.ticker import MaxNLocator
 
-    axes = figure.add_axes(
-        (46 / _CURVE_WIDTH, 42 / _CURVE_HEIGHT, 1 - 58 / _CURVE_WIDTH, 1 - 54 / _CURVE_HEIGHT)
-    )
+    axes = figure.add_axes((46 / _CURVE_WIDTH, 42 / _CURVE_HEIGHT, 1 - 58 / _CURVE_WIDTH, 1 - 54 / _CURVE_HEIGHT))
     axes.set_xlabel(x_label)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, steps=[1, 2, 5, 10]))
     axes.margins(x=0.02)
@@ -479,9 +466,7 @@ def _slim(svg: str, width: int, height: int, name: str, title: str) -> str:
         body = re.sub(clutter, "", body, flags=re.DOTALL)
     # Two figures on one page must not share identifiers, and what nothing refers to needs none.
     used = set(re.findall(r'(?:url\(|href=")#([^)"]+)', body))
-    body = re.sub(
-        r' id="([^"]*)"', lambda match: f' id="{name}-{match[1]}"' if match[1] in used else "", body
-    )
+    body = re.sub(r' id="([^"]*)"', lambda match: f' id="{name}-{match[1]}"' if match[1] in used else "", body)
     body = re.sub(r'(url\(|xlink:href=")#', rf"\1#{name}-", body).replace("xlink:href", "href")
     body = re.sub(r"'DejaVu Sans'[^;\"]*", "system-ui, sans-serif", body)
     body = re.sub(r"\n\s*", "\n", body).replace("\n\n", "\n").strip()

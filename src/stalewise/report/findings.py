@@ -4,9 +4,9 @@ The rules, first match wins, for the one finding about speed:
 
     no step in steady state                          too short to tell
     one process                                      the stages take turns
-    the bottleneck computes 90% of the time or more  one stage has too much to do, or all are busy
+    a stage computes 90% of the time or more         some stages have too much to do, or all are busy
     a link has slack 0                               the stages wait for each other by construction
-    else                                             what the bottleneck does instead of computing
+    else                                             what the busiest stage does instead of computing
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from stalewise.protocol.staleness import Staleness
 from stalewise.report.run_folder import RunFolder
 from stalewise.report.timeline import Activity, StageUsage, Usage
-from stalewise.report.wording import count, data_name, duration, link, model_name, percent, plural
+from stalewise.report.wording import count, data_name, duration, link, listed, model_name, percent, plural
 
 __all__ = ["Finding", "findings", "summary_sentence"]
 
@@ -61,9 +61,7 @@ def summary_sentence(run: RunFolder, found: tuple[Finding, ...]) -> str:
     if (epochs := run.total("epochs")) is not None:
         planned = run.config.integer("epochs")
         whole = planned is None or planned == epochs
-        words.append(
-            f"after {plural(epochs, 'epoch') if whole else f'{count(epochs)} of {count(planned)} epochs'}"
-        )
+        words.append(f"after {plural(epochs, 'epoch') if whole else f'{count(epochs)} of {count(planned)} epochs'}")
     if (wall := run.total("wall_time_s")) is not None:
         words.append(f"in {duration(wall)}")
     if (rate := run.total("samples_per_s")) is not None:
@@ -90,17 +88,11 @@ def findings(run: RunFolder, usage: Usage | None) -> tuple[Finding, ...]:
 
 
 def _diverged(run: RunFolder) -> Finding | None:
-    first = next(
-        (point for point in run.batches if point.loss is not None and not math.isfinite(point.loss)), None
-    )
+    first = next((point for point in run.batches if point.loss is not None and not math.isfinite(point.loss)), None)
     if first is None:
         return None
     rate = "" if first.lr is None else f", which was {first.lr:g}"
-    stale = (
-        ""
-        if run.staleness is None or run.staleness[0] == 0
-        else "; the more staleness, the smaller it must be"
-    )
+    stale = "" if run.staleness is None or run.staleness[0] == 0 else "; the more staleness, the smaller it must be"
     return Finding(
         title="training diverged",
         detail=f"the loss is not finite from batch {first.batch} on",
@@ -122,12 +114,10 @@ def _speed(run: RunFolder, usage: Usage) -> Finding:
             detail="their shares show what each stage costs, not who waits for whom",
             advice="The distributed engine lets them work at the same time and gives the same weights.",
         )
-    busiest = usage.stages[usage.bottleneck]
+    busiest = max(usage.stages, key=lambda stage: (stage.utilisation, -stage.stage))
     if busiest.utilisation >= _BUSY:
         return _busy(run, usage, busiest)
-    locked = (
-        [stage for stage, slack in enumerate(run.staleness.slack[:-1]) if slack == 0] if run.staleness else []
-    )
+    locked = [stage for stage, slack in enumerate(run.staleness.slack[:-1]) if slack == 0] if run.staleness else []
     if run.staleness is not None and locked:
         return _locked(run.staleness, busiest, locked)
     return _waiting(run, busiest)
@@ -137,8 +127,10 @@ def _busy(run: RunFolder, usage: Usage, busiest: StageUsage) -> Finding:
     levels = [stage.utilisation for stage in usage.stages]
     mean = sum(levels) / len(levels)
     gain = busiest.utilisation / mean
-    if gain < _UNEVEN:
-        idlest = min(usage.stages, key=lambda stage: (stage.utilisation, stage.stage))
+    busy = [stage.stage for stage in usage.stages if stage.utilisation >= _BUSY or stage.stage == usage.bottleneck]
+    others = [stage.utilisation for stage in usage.stages if stage.stage not in busy]
+    idlest = min(usage.stages, key=lambda stage: (stage.utilisation, stage.stage))
+    if gain < _UNEVEN or not others:
         return Finding(
             title="the pipeline is nearly full",
             detail=f"its stages compute {percent(mean, 0)} of the time on average, stage {idlest.stage} the "
@@ -146,31 +138,37 @@ def _busy(run: RunFolder, usage: Usage, busiest: StageUsage) -> Finding:
             advice=f"With the same work spread evenly a step would be at most {gain:.2f} times faster. "
             "Beyond that it takes less work per sample, faster devices or more stages.",
         )
-    others = [level for stage, level in enumerate(levels) if stage != busiest.stage]
-    detail = f"it computes {percent(busiest.utilisation, 0)} of the time, the others {_span(others)}"
-    part = (
-        next((part for part in run.partition.stages if part.stage == busiest.stage), None)
-        if run.partition
-        else None
-    )
-    if part is not None and part.layers is not None and part.layers[1] - part.layers[0] == 1:
+    if len(busy) == 1:
+        title, verb = f"stage {busy[0]} is the bottleneck", "it computes"
+    else:
+        title, verb = f"stages {listed(map(str, busy))} are the bottleneck", "they compute"
+    parts = {part.stage: part.layers for part in run.partition.stages} if run.partition else {}
+    if all((layers := parts.get(stage)) is not None and layers[1] - layers[0] == 1 for stage in busy):
         advice = (
-            f"It holds a single layer, so it has none to give away: split that layer, or give stage "
-            f"{busiest.stage} more threads or a faster device."
+            "It holds a single layer, so it has none to give away: split that layer, or use more threads or a faster "
+            "device there."
+            if len(busy) == 1
+            else "Each holds a single layer, so they have none to give away: split these layers, or use fewer stages."
+        )
+    elif run.partition is not None and run.partition.method == "profile":
+        advice = (
+            "The cuts were chosen from a profile, so whole layers may not divide better: try another number of "
+            "stages, or a network of more and smaller layers."
         )
     else:
-        near = [stage for stage in (busiest.stage - 1, busiest.stage + 1) if 0 <= stage < len(levels)]
-        idler = min(near, key=lambda stage: (levels[stage], stage))
         advice = (
-            f"Move layers from stage {busiest.stage} to stage {idler}, which computes "
-            f"{percent(levels[idler], 0)} of the time. With the same work spread evenly a step would be up "
-            f"to {gain:.2f} times faster."
+            f"Shift the cuts so that stage {idlest.stage} holds more of the layers, or let a profile choose the cuts."
         )
-    return Finding(title=f"stage {busiest.stage} is the bottleneck", detail=detail, advice=advice)
+    return Finding(
+        title=title,
+        detail=f"{verb} {_span([levels[stage] for stage in busy])} of the time, "
+        f"{'the others' if len(others) > 1 else f'stage {idlest.stage}'} {_span(others)}",
+        advice=f"{advice} With the same work spread evenly a step would be up to {gain:.2f} times faster.",
+    )
 
 
 def _locked(staleness: Staleness, busiest: StageUsage, locked: list[int]) -> Finding:
-    links = " and ".join(map(link, locked))
+    links = listed(map(link, locked))
     minimal = Staleness([2 * (len(staleness) - 1 - stage) for stage in range(len(staleness))])
     return Finding(
         title="the stages wait for each other",
@@ -184,11 +182,7 @@ def _locked(staleness: Staleness, busiest: StageUsage, locked: list[int]) -> Fin
 def _waiting(run: RunFolder, busiest: StageUsage) -> Finding:
     stage = busiest.stage
     loss = max(
-        (
-            activity
-            for activity in Activity
-            if activity.is_wait or activity in (Activity.SEND, Activity.UNRECORDED)
-        ),
+        (activity for activity in Activity if activity.is_wait or activity in (Activity.SEND, Activity.UNRECORDED)),
         key=lambda activity: busiest.shares[activity],
     )
     busy, share = percent(busiest.utilisation, 0), percent(busiest.shares[loss], 0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
 
@@ -32,6 +31,7 @@ from stalewise.report.wording import (
     data_name,
     duration,
     link,
+    listed,
     method_name,
     model_name,
     percent,
@@ -98,9 +98,7 @@ def write_report(run_dir: Path) -> Path:
             "Configuration and environment",
             columns(
                 element("div", element("h3", "Configuration"), _record(run.config)),
-                element(
-                    "div", element("h3", "Environment"), _record(run.environment, leave_out=("command",))
-                ),
+                element("div", element("h3", "Environment"), _record(run.environment, leave_out=("command",))),
             ),
         ),
         _repeat(run),
@@ -164,7 +162,9 @@ def _key_numbers(run: RunFolder, usage: Usage | None) -> list[tuple[str, str, st
     if usage is not None:
         busiest = usage.stages[usage.bottleneck]
         numbers.append(("Step time", duration(usage.step_s), f"median of stage {busiest.stage}"))
-        numbers.append(("Highest utilisation", percent(busiest.utilisation, 0), f"stage {busiest.stage}"))
+        if len(usage.stages) > 1:
+            note = f"computes {percent(busiest.utilisation, 0)} of the time"
+            numbers.append(("Bottleneck", f"stage {busiest.stage}", note))
     return numbers
 
 
@@ -183,9 +183,7 @@ def _curves(run: RunFolder) -> Markup:
         shown.append(figure(figures.loss_curve(run.batches, run.epochs), f"{caption}.", title="Loss"))
     if any(figures.is_finite(point.test_accuracy) for point in run.epochs):
         shown.append(
-            figure(
-                figures.accuracy_curve(run.epochs), "Test accuracy after each epoch.", title="Test accuracy"
-            )
+            figure(figures.accuracy_curve(run.epochs), "Test accuracy after each epoch.", title="Test accuracy")
         )
     if not shown:
         return section("Training", element("p", "No loss and no accuracy was recorded.", class_="muted"))
@@ -215,7 +213,7 @@ def _time(run: RunFolder, usage: Usage | None) -> Markup:
         "Step time, median",
         "from 10% to 90%",
         "Staleness",
-        "Updates between, measured",
+        "Staleness, measured",
         "Inputs kept, at most",
     )
     return section(
@@ -230,8 +228,8 @@ def _time(run: RunFolder, usage: Usage | None) -> Markup:
         table(head, rows, text=(0, 1)),
         element(
             "p",
-            f"Measured over {basis}. Updates between: how often the weights changed between a batch's "
-            "forward and its backward; with one update per batch this is the staleness.",
+            f"Measured over {basis}. Staleness is measured as the batches by which the latest forward is ahead "
+            "of a backward.",
             class_="muted",
         ),
     )
@@ -248,9 +246,9 @@ def _picture(run: RunFolder, timeline: Timeline) -> Markup:
     )
     if batch is not None and timeline.num_stages > 1:
         caption += f" Batch {batch} is outlined: follow it down the stages and back up."
-    return figure(
-        figures.timeline_picture(timeline, window, batch=batch), caption, wide=True, title="Timeline"
-    )
+    if (run.path / "trace.json").is_file():
+        caption += " The whole run is in trace.json, which ui.perfetto.dev opens."
+    return figure(figures.timeline_picture(timeline, window, batch=batch), caption, wide=True, title="Timeline")
 
 
 def _stage_row(run: RunFolder, stage: StageUsage) -> list[str]:
@@ -269,15 +267,13 @@ def _stage_row(run: RunFolder, stage: StageUsage) -> list[str]:
         duration(stage.step_s),
         spread,
         count(staleness),
-        count(stage.updates_between),
+        count(stage.staleness),
         count(None if staleness is None else staleness + 1),
     ]
 
 
 def _stage(stage: int) -> Markup:
-    return Markup(
-        f'<span class="swatch" style="background:{figures.stage_colour(stage)}"></span>stage {stage}'
-    )
+    return Markup(f'<span class="swatch" style="background:{figures.stage_colour(stage)}"></span>stage {stage}')
 
 
 def _partition(run: RunFolder) -> Markup:
@@ -353,14 +349,12 @@ def _method(run: RunFolder) -> Markup:
         )
     else:
         delays = (
-            f"{plural(steps, 'step')} later on stage {stage}"
-            if steps
-            else f"in the same step on stage {stage}"
+            f"{plural(steps, 'step')} later on stage {stage}" if steps else f"in the same step on stage {stage}"
             for stage, steps in enumerate(staleness)
         )
         words = (
             f"Staleness {staleness}: a batch that a stage forwards comes back for its backward "
-            f"{_list(delays)}. In between the stage works on other batches and updates its weights each time."
+            f"{listed(delays)}. In between the stage works on other batches and updates its weights each time."
         )
     if len(staleness) == 1:
         return section(title, element("p", words))
@@ -385,17 +379,11 @@ def _meaning(staleness: Staleness, stage: int, state: LinkState) -> str:
         return f"Stage {stage} waits for stage {stage + 1} within every step."
     if state is LinkState.OVERLAPPED:
         return f"Stages {stage} and {stage + 1} work at the same time, but each feels any delay of the other."
-    return (
-        f"Stage {stage} may run {staleness.slack[stage]} batches ahead of stage {stage + 1} before it waits."
-    )
+    return f"Stage {stage} may run {staleness.slack[stage]} batches ahead of stage {stage + 1} before it waits."
 
 
 def _record(record: Record, leave_out: tuple[str, ...] = ()) -> Markup:
-    rows = [
-        (name.replace("_", " "), _value(value))
-        for name, value in record.values.items()
-        if name not in leave_out
-    ]
+    rows = [(name.replace("_", " "), _value(value)) for name, value in record.values.items() if name not in leave_out]
     return pairs(rows) if rows else element("p", "Not recorded.", class_="muted")
 
 
@@ -429,8 +417,3 @@ def _footer(run: RunFolder, usage: Usage | None) -> Markup:
         "updates. Inputs kept: the staleness plus one, the batch at hand."
     )
     return element("footer", *notes, *([element("p", terms, class_="muted")] if usage else []))
-
-
-def _list(entries: Iterable[str]) -> str:
-    words = list(entries)
-    return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))

@@ -51,9 +51,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, text: Sequence[
 
     def cells(row: Sequence[str], tag: str, scope: str) -> str:
         return "".join(
-            element(
-                tag if index == 0 or scope == "col" else "td", cell, class_="" if index in text else "number"
-            )
+            element(tag if index == 0 or scope == "col" else "td", cell, class_="" if index in text else "number")
             for index, cell in enumerate(row)
         )
 

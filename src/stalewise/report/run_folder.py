@@ -105,8 +105,7 @@ class Record:
         if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
             raise self.error(name, "a list of objects or null")
         return [
-            Record(entry, self._path, inside=f"{self._inside}{name}[{index}].")
-            for index, entry in enumerate(value)
+            Record(entry, self._path, inside=f"{self._inside}{name}[{index}].") for index, entry in enumerate(value)
         ]
 
     def error(self, name: str, rule: str) -> ConfigError:
@@ -224,12 +223,7 @@ class RunFolder:
             if not optional[name]:
                 notes.append(f"{name} is missing or empty: {meaning}.")
         staleness = _staleness(config)
-        timeline = None
-        if any((path / "timeline").glob("stage*.npz")):
-            timeline = Timeline.load(path)
-        else:
-            notes.append("The timeline is missing: how the stages spent their time is not known.")
-        _check_stages(path, config, staleness, timeline)
+        stages = _check_stages(config, staleness)
         return cls(
             path=path,
             config=config,
@@ -238,7 +232,7 @@ class RunFolder:
             batches=batches,
             epochs=epochs,
             partition=_partition(optional["partition.json"]),
-            timeline=timeline,
+            timeline=_timeline(path, stages, notes),
             staleness=staleness,
             notes=tuple(notes),
         )
@@ -373,24 +367,34 @@ def _staleness(config: Record) -> Staleness | None:
         raise config.error("staleness", f"a valid staleness ({error})") from error
 
 
-def _check_stages(path: Path, config: Record, staleness: Staleness | None, timeline: Timeline | None) -> None:
-    """All files speak of the same number of stages."""
+def _check_stages(config: Record, staleness: Staleness | None) -> int | None:
+    """The number of stages in config.json, with which its other fields agree."""
     stages = config.integer("stages")
     if stages == 0:
         raise config.error("stages", "at least 1")
     if stages is None and staleness is not None:
         stages = len(staleness)
-    if stages is None:
-        return
     for name in ("staleness", "queue", "gradient_queue"):
         values = config.integers(name)
-        if values is not None and len(values) != stages:
+        if stages is not None and values is not None and len(values) != stages:
             raise config.error(name, f"one number for each of the {stages} stages")
-    if timeline is not None and timeline.num_stages != stages:
-        raise ConfigError(
-            f"{path / 'timeline'} holds {timeline.num_stages} stages and config.json names {stages}; "
-            "copy the missing files of the run, or delete the timeline folder."
+    return stages
+
+
+def _timeline(path: Path, stages: int | None, notes: list[str]) -> Timeline | None:
+    """The timeline, where every stage has left its file: stages on other hosts may have left theirs there."""
+    found = {file.name for file in (path / "timeline").glob("stage*.npz")}
+    wanted = {f"stage{index}.npz" for index in range(len(found) if stages is None else stages)}
+    if not found:
+        notes.append("The timeline is missing: how the stages spent their time is not known.")
+    elif found != wanted:
+        notes.append(
+            f"The timeline is incomplete: it has {', '.join(sorted(found))} and the run has {len(wanted)} stages. "
+            "Copy the files of all stages into the folder timeline, and write the report again."
         )
+    else:
+        return Timeline.load(path)
+    return None
 
 
 def _partition(record: Record) -> Partition | None:

@@ -10,7 +10,8 @@ Every number is taken over a *window* of the run, and every instant of a stage's
     bubble        1 - utilisation: waits, sends, and time that no record covers
     wait          share in a RECV or LOAD record while the stage computes nothing and sends nothing
     step time     interval between the ends of consecutive updates
-    bottleneck    the stage with the highest utilisation: the others wait for it, it waits least
+    bottleneck    the stage that computes longest in a step (utilisation x step time): it sets the pace of all.
+                  In an endless steady state all steps last equally long, and it is the busiest stage as well
 
 Where records overlap (a recompute beside a forward, a receive in the background) the instant counts once, for
 the first activity in the order of `Activity`.
@@ -146,8 +147,8 @@ class StageUsage:
         step_s: median of the intervals between the ends of consecutive updates; None below two updates.
         step_p10_s: their tenth percentile.
         step_p90_s: their ninetieth percentile.
-        updates_between: median number of updates between a batch's forward and its backward: the staleness
-            that the weights really had, where each batch makes one update. None where no batch shows both.
+        staleness: batches by which the latest forward is ahead of a backward, in the median, which is the
+            staleness that the stage really had; None where no backward follows a forward.
     """
 
     stage: int
@@ -155,12 +156,17 @@ class StageUsage:
     step_s: float | None
     step_p10_s: float | None
     step_p90_s: float | None
-    updates_between: int | None
+    staleness: int | None
 
     @property
     def utilisation(self) -> float:
         """Part of the window in which the stage computes."""
         return sum(self.shares[Activity.of(kind)] for kind in sorted(COMPUTE, key=_CODE_OF.__getitem__))
+
+    @property
+    def compute_s(self) -> float | None:
+        """What the stage computes in a step: utilisation x step time."""
+        return None if self.step_s is None else self.utilisation * self.step_s
 
     @property
     def bubble(self) -> float:
@@ -182,8 +188,15 @@ class Usage:
 
     @property
     def bottleneck(self) -> int:
-        """The stage with the highest utilisation, the first of equals."""
-        return max(self.stages, key=lambda stage: (stage.utilisation, -stage.stage)).stage
+        """The stage that computes longest in a step, the first of equals.
+
+        Where a stage shows no step time, the stage with the highest utilisation.
+        """
+        known = all(stage.compute_s is not None for stage in self.stages)
+        return max(
+            self.stages,
+            key=lambda stage: ((stage.compute_s or 0.0) if known else 0.0, stage.utilisation, -stage.stage),
+        ).stage
 
     @property
     def step_s(self) -> float | None:
@@ -284,9 +297,7 @@ class Timeline:
             key=lambda stretch: abs(stretch[0] + stretch[1] - len(steady)),
         )
         first = start + (stop - start - length) // 2
-        return Window(
-            start_ns=int(ends[first]), end_ns=int(ends[first + length]), num_steps=length, steady=True
-        )
+        return Window(start_ns=int(ends[first]), end_ns=int(ends[first + length]), num_steps=length, steady=True)
 
     def usage(self, window: Window) -> Usage:
         """How each stage spent the window."""
@@ -329,12 +340,11 @@ class Timeline:
 
 def _read_stage(path: Path, stage: int) -> StageSpans:
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             columns = {name: archive[name] for name in archive.files}
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
         raise ConfigError(
-            f"{path} is not a readable .npz file ({error}). Copy it again from the run, or delete the "
-            "timeline folder."
+            f"{path} is not a readable .npz file ({error}). Copy it again from the run, or delete the timeline folder."
         ) from error
     repair = "Write it with Trace.columns() and numpy.savez, or delete the timeline folder."
     for name in _COLUMNS:
@@ -386,7 +396,7 @@ def _stage_usage(spans: StageSpans, window: Window) -> StageUsage:
         step_s=step[0],
         step_p10_s=step[1],
         step_p90_s=step[2],
-        updates_between=_updates_between(spans, updates, window),
+        staleness=_staleness(spans, window),
     )
 
 
@@ -413,15 +423,11 @@ def _shares(spans: StageSpans, window: Window) -> dict[Activity, float]:
     return shares
 
 
-def _updates_between(spans: StageSpans, updates: IntArray, window: Window) -> int | None:
+def _staleness(spans: StageSpans, window: Window) -> int | None:
+    """How many batches the latest forward is ahead of a backward that starts, in the median."""
     forwards, backwards = spans.only(Kind.FORWARD), spans.only(Kind.BACKWARD).within(window)
-    order = np.argsort(forwards.batch, kind="stable")
-    batches, ends = forwards.batch[order], forwards.end_ns[order]
-    place = np.searchsorted(batches, backwards.batch, side="right") - 1
-    known = place >= 0
-    known[known] = batches[place[known]] == backwards.batch[known]
+    latest = np.searchsorted(forwards.start_ns, backwards.start_ns, side="right") - 1
+    known = latest >= 0
     if not known.any():
         return None
-    before = np.searchsorted(updates, ends[place[known]], side="left")
-    after = np.searchsorted(updates, backwards.start_ns[known], side="right")
-    return int(np.median(after - before))
+    return int(np.median(forwards.batch[latest[known]] - backwards.batch[known]))

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 
 __all__ = [
     "NOT_RECORDED",
     "count",
     "data_name",
     "duration",
+    "link",
+    "listed",
     "method_name",
     "model_name",
     "percent",
@@ -80,6 +83,12 @@ def plural(number: float, noun: str) -> str:
     return f"{count(number)} {noun}{ending}"
 
 
+def listed(words: Iterable[str]) -> str:
+    """a, b and c."""
+    *most, last = words
+    return f"{', '.join(most)} and {last}" if most else last
+
+
 def link(stage: int) -> str:
     """The link from a stage to the next one; it does not break over two lines."""
     return f"{stage}\u00a0→\u00a0{stage + 1}"
@@ -108,9 +117,7 @@ def span(low: float, high: float) -> str:
     """Two lengths of time as a range: 37.7 to 40.2 ms."""
     first, last = duration(low), duration(high)
     unit = last.rpartition(" ")[2]
-    return (
-        f"{first.removesuffix(f' {unit}') if first.count(' ') == 1 == last.count(' ') else first} to {last}"
-    )
+    return f"{first.removesuffix(f' {unit}') if first.count(' ') == 1 == last.count(' ') else first} to {last}"
 
 
 def size(num_bytes: float | None) -> str:
@@ -124,4 +131,5 @@ def size(num_bytes: float | None) -> str:
 
 
 def _three_digits(value: float) -> str:
-    return f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f}" if 0 < value < 999.5 else f"{value:.0f}"
+    digits = 2 - math.floor(math.log10(float(f"{value:.3g}")))
+    return f"{value:.{max(0, digits)}f}"

@@ -9,7 +9,8 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from types import FrameType
+from pathlib import Path
+from types import FrameType, ModuleType
 from typing import Any, NoReturn
 
 from stalewise.errors import WorkerError
@@ -23,6 +24,7 @@ CHILD_VARIABLE = "STALEWISE_LAUNCH"
 
 def run_child(main: Callable[..., object], args: Sequence[Any]) -> NoReturn:
     """Call `main(*args)` as a worker and exit: 0, or 1 after a record of the failure was left in the store."""
+    os.environ.pop(CHILD_VARIABLE, None)
     threading.Thread(target=_end_with_parent, name="parent watch", daemon=True).start()
     signal.signal(signal.SIGTERM, _terminate)
     try:
@@ -63,8 +65,18 @@ def _terminate(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def import_and_run() -> NoReturn:
-    """Find `main` by the name that `launch` left in the environment, and run it."""
+    """Find `main` where `launch` said in the environment, and run it.
+
+    A script is executed under another name than `__main__`; it may meet its own `launch` on the way, which then
+    runs `main` and does not return.
+    """
     settings = json.loads(os.environ[CHILD_VARIABLE])
-    sys.path[:] = settings["path"]
-    main = getattr(importlib.import_module(settings["module"]), settings["name"])
-    run_child(main, settings["args"])
+    sys.path[:], sys.argv = settings["path"], settings["argv"]
+    if "script" in settings:
+        module = ModuleType("__stalewise_script__")
+        module.__file__ = settings["script"]
+        sys.modules[module.__name__] = module
+        exec(compile(Path(settings["script"]).read_bytes(), settings["script"], "exec"), vars(module))
+    else:
+        module = importlib.import_module(settings["module"])
+    run_child(getattr(module, settings["name"]), settings["args"])

@@ -12,6 +12,7 @@ terminal reaches the parent alone.
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import importlib
 import json
@@ -45,9 +46,10 @@ _launches = 0
 def launch(main: Callable[..., object], *, num_workers: int, args: Sequence[Any] = ()) -> None:
     """Run `main(*args)` in `num_workers` local processes, one per stage, and wait for them.
 
-    Under torchrun, whose processes exist already, it just calls `main`. The calling script needs no
-    `if __name__ == "__main__"` guard: where `main` is defined in the script itself, each worker runs the script up
-    to this call (code before it runs in every worker), calls `main` here and exits.
+    Under torchrun, whose processes exist already, it just calls `main`. Each worker imports the module that defines
+    `main`; where that is the calling script, it needs no `if __name__ == "__main__"` guard: a worker that meets this
+    call while it imports the script calls `main` here and exits. (With a guard, what it guards runs in the parent
+    alone; without one, what stands before this call runs in every worker.)
 
     Args:
         main: a function at the top level of a module or script.
@@ -62,20 +64,31 @@ def launch(main: Callable[..., object], *, num_workers: int, args: Sequence[Any]
     _launches += 1
     child = os.environ.get(CHILD_VARIABLE)
     if child is not None:
-        if json.loads(child)["launch"] == _launches:
-            run_child(main, args)
+        settings = json.loads(child)
+        if settings["launch"] == _launches:
+            run_child(main, settings["args"])
         return
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         main(*args)
         return
     if isinstance(num_workers, bool) or not isinstance(num_workers, int) or num_workers < 1:
         raise ConfigError(f"num_workers is {num_workers!r}; a job has at least 1 worker.")
-    command, child_settings = _child_command(main, args)
-    _Workers(command, {**child_settings, "launch": _launches}, num_workers).wait()
+    settings = {
+        **_where_to_find(main),
+        "args": list(args),
+        "argv": sys.argv,
+        "path": sys.path,
+        "launch": _launches,
+    }
+    try:
+        json.dumps(settings)
+    except TypeError as error:
+        raise ConfigError(f"launch cannot pass its args on: {error}; use JSON values only.") from None
+    _Workers(settings, num_workers).wait()
 
 
-def _child_command(main: Callable[..., object], args: Sequence[Any]) -> tuple[list[str], dict[str, Any]]:
-    """How a new process gets at `main`: by importing its module, or by running this script again."""
+def _where_to_find(main: Callable[..., object]) -> dict[str, str]:
+    """How a new process gets at `main`: its name, and the module or script that defines it."""
     name = getattr(main, "__qualname__", "")
     module = getattr(main, "__module__", "")
     if not name or "<" in name:
@@ -83,37 +96,36 @@ def _child_command(main: Callable[..., object], args: Sequence[Any]) -> tuple[li
             f"launch cannot start {name or main!r}: another process can only find a function at the top level of a "
             'module or script. Move it there, or use engine="sequential", which needs no other process.'
         )
-    if module != "__main__":
-        found = getattr(importlib.import_module(module), name, None) if module else None
-        if found is not main:
-            raise ConfigError(
-                f"launch cannot start {module}.{name}: importing the module gives another object. Pass the function "
-                "under the name by which it is defined."
-            )
-        settings = {"module": module, "name": name, "args": list(args), "path": sys.path}
-        try:
-            json.dumps(settings)
-        except TypeError as error:
-            raise ConfigError(f"launch cannot pass its args on: {error}; use JSON values only.") from None
-        return [
-            sys.executable,
-            "-c",
-            "from stalewise.runtime.child import import_and_run as run; run()",
-        ], settings
+    if module == "__main__":
+        return {"name": name, **_this_script(name)}
+    found = getattr(importlib.import_module(module), name, None) if module else None
+    if found is not main:
+        raise ConfigError(
+            f"launch cannot start {module}.{name}: importing the module gives another object. Pass the function "
+            "under the name by which it is defined."
+        )
+    return {"name": name, "module": module}
+
+
+def _this_script(name: str) -> dict[str, str]:
+    """The running script, as what another process can import."""
     script = sys.modules["__main__"]
-    interactive = hasattr(sys, "ps1") or "get_ipython" in vars(__import__("builtins"))
-    if interactive or not (hasattr(script, "__file__") or "-c" in sys.orig_argv):
+    spec = getattr(script, "__spec__", None)
+    if spec is not None:
+        return {"module": spec.name}
+    path = getattr(script, "__file__", None)
+    if path is None or not os.path.isfile(path) or "get_ipython" in vars(builtins):
         raise ConfigError(
             f"launch cannot start {name} from a notebook or an interactive session, because other processes cannot "
             'import it from there. Use engine="sequential", or put it into a script.'
         )
-    return [sys.executable, *sys.orig_argv[1:]], {}
+    return {"script": os.path.abspath(path)}
 
 
 class _Workers:
     """The processes of one launch."""
 
-    def __init__(self, command: list[str], settings: dict[str, Any], num_workers: int) -> None:
+    def __init__(self, settings: dict[str, Any], num_workers: int) -> None:
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
         threads = max(1, (os.cpu_count() or 1) // num_workers)
         environment = {
@@ -132,7 +144,7 @@ class _Workers:
             for rank in range(num_workers):
                 self._processes.append(
                     subprocess.Popen(
-                        command,
+                        [sys.executable, "-c", "from stalewise.runtime.child import import_and_run as run; run()"],
                         env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
                         stdin=subprocess.PIPE,
                         process_group=0,

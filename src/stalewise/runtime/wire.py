@@ -1,21 +1,24 @@
 """How a message looks on a link: fixed binary pages, then the raw bytes of its tensors. Nothing is unpickled.
 
-    page = prefix (40 bytes), then room for 7 leaves (136 bytes each), padded to 1024
+    page = prefix (40 bytes), then room for 7 leaves (136 bytes each), padded to 1020, CRC-32 of all that
 
     prefix   magic "SWIS" | version u16 | kind u8 | flags u8 | batch i64 | plan u64 | structure u32 | leaves u16 | ..
-    leaf     dtype u8 | present u8 | ndim u16 | .. | shape 8 x i64 | strides 8 x i64
+    leaf     dtype u8 | place u8 | ndim u16 | .. | shape 8 x i64 | strides 8 x i64
 
-A message of more than 7 leaves has more pages. `plan` is a hash of the job's plan: a peer that runs another one is
-found at its first message. The structure of nested values is described once, by a SCHEMA message whose only leaf is
-JSON, and then named by its number. Torch-only and without a network: `Encoder` gives the tensors to send in
-order, `Decoder` asks for tensors to be filled.
+A message of more than 7 leaves has more pages, each with the same prefix. `plan` is a hash of the job's plan: a peer
+that runs another one is found at its first message. The checksum is there because pages say how much memory to take
+and how much to read: all pages of a message are checked before either happens. The structure of nested values is
+described once, by a SCHEMA message whose only leaf is JSON, and then named by its number. Torch-only and without a
+network: `Encoder` gives the tensors to send in order, `Decoder` asks for tensors to be filled.
 """
 
 from __future__ import annotations
 
 import enum
 import json
+import math
 import struct
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -34,10 +37,12 @@ PAGE_BYTES = 1024
 MAX_DIMENSIONS = 8
 MAX_SCHEMA_BYTES = 1 << 20
 MAX_LEAVES = 4096
+MAX_LEAF_BYTES = 1 << 34
 
 _PREFIX = struct.Struct("<4sHBBqQIH10x")
 _LEAF = struct.Struct(f"<BBH4x{MAX_DIMENSIONS}q{MAX_DIMENSIONS}q")
-LEAVES_PER_PAGE = (PAGE_BYTES - _PREFIX.size) // _LEAF.size
+_CHECKSUM = struct.Struct("<I")
+LEAVES_PER_PAGE = (PAGE_BYTES - _PREFIX.size - _CHECKSUM.size) // _LEAF.size
 
 DTYPES = (
     torch.float32,
@@ -54,6 +59,14 @@ DTYPES = (
     torch.bool,
 )
 _DTYPE_CODES = {dtype: code for code, dtype in enumerate(DTYPES)}
+
+
+class Place(enum.IntEnum):
+    """Where a leaf is when it is sent, and so over which group it crosses."""
+
+    ABSENT = 0
+    HOST = 1
+    DEVICE = 2
 
 
 class MessageKind(enum.IntEnum):
@@ -107,11 +120,21 @@ class Encoder:
             self._structure = structure
             self._structure_index += 1
             text = torch.frombuffer(bytearray(structure.encode()), dtype=torch.uint8)
+            if text.numel() > MAX_SCHEMA_BYTES:
+                raise TransportError(
+                    f"the structure of what crosses a cut takes {text.numel()} bytes to describe; at most "
+                    f"{MAX_SCHEMA_BYTES} can be sent. Shorten the keys of its dicts, or pack its values into tensors."
+                )
             yield from self._message(Frame(MessageKind.SCHEMA, frame.batch, [text]))
         yield from self._message(frame)
 
     def _message(self, frame: Frame) -> Iterator[Tensor]:
-        leaves = [None if leaf is None else dense(leaf) for leaf in frame.leaves]
+        if len(frame.leaves) > MAX_LEAVES:
+            raise TransportError(
+                f"{len(frame.leaves)} tensors cannot cross a cut in one message; at most {MAX_LEAVES} can. Stack them, "
+                "or cut the model elsewhere."
+            )
+        leaves = [None if leaf is None else _sendable(leaf) for leaf in frame.leaves]
         prefix = _PREFIX.pack(
             MAGIC,
             VERSION,
@@ -124,7 +147,9 @@ class Encoder:
         )
         for start in range(0, max(len(leaves), 1), LEAVES_PER_PAGE):
             described = b"".join(_describe(leaf) for leaf in leaves[start : start + LEAVES_PER_PAGE])
-            yield torch.frombuffer(bytearray((prefix + described).ljust(PAGE_BYTES, b"\0")), dtype=torch.uint8)
+            content = (prefix + described).ljust(PAGE_BYTES - _CHECKSUM.size, b"\0")
+            page = bytearray(content + _CHECKSUM.pack(zlib.crc32(content)))
+            yield torch.frombuffer(page, dtype=torch.uint8)
         for leaf in leaves:
             if leaf is not None and leaf.numel():
                 yield as_bytes(leaf)
@@ -136,7 +161,7 @@ class Decoder:
     Args:
         plan: hash of the job's plan.
         fill: fills a one-dimensional uint8 tensor with the next bytes that the peer sent.
-        device: where payloads of floating-point leaves of activations and gradients are received.
+        device: where leaves that the peer sends from its device are received.
         link: names the link in errors.
     """
 
@@ -172,19 +197,26 @@ class Decoder:
             raise self._error("does not begin as a message of stalewise; another program sent it")
         if version != VERSION:
             raise self._error(f"is of wire version {version}, ours is {VERSION}; run the same release on all ranks")
+        self._check_sum(page)
         if plan != self._plan:
             raise self._error("belongs to another plan; start all ranks with the same model, cuts and method")
         if kind not in set(MessageKind) or num_leaves > MAX_LEAVES:
             raise self._error(f"is of kind {kind} with {num_leaves} leaves")
-        pages = [page, *(self._page() for _ in range((num_leaves - 1) // LEAVES_PER_PAGE))]
+        pages = [page]
+        while len(pages) * LEAVES_PER_PAGE < num_leaves:
+            pages.append(self._page())
+            self._check_sum(pages[-1])
+            if pages[-1][: _PREFIX.size] != page[: _PREFIX.size]:
+                raise self._error("is cut short by another")
         records = [
             _LEAF.unpack_from(pages[index // LEAVES_PER_PAGE], _PREFIX.size + index % LEAVES_PER_PAGE * _LEAF.size)
             for index in range(num_leaves)
         ]
-        if kind == MessageKind.SCHEMA and (num_leaves != 1 or not 0 <= records[0][3] <= MAX_SCHEMA_BYTES):
+        for record in records:
+            self._check_leaf(record)
+        if kind == MessageKind.SCHEMA and not (num_leaves == 1 and _is_schema(records[0])):
             raise self._error("is a schema of a wrong size")
-        on_device = kind in (MessageKind.ACTIVATION, MessageKind.GRADIENT)
-        leaves = [self._leaf(record, on_device) for record in records]
+        leaves = [self._leaf(record) for record in records]
         return Frame(MessageKind(kind), batch, leaves, self._structure, flags), structure_index
 
     def _page(self) -> bytes:
@@ -192,18 +224,30 @@ class Decoder:
         self._fill(page)
         return bytes(page.numpy().data)
 
-    def _leaf(self, record: tuple[int, ...], on_device: bool) -> Tensor | None:
-        code, present, ndim, *sizes = record
-        if not present:
+    def _check_sum(self, page: bytes) -> None:
+        content, checksum = page[: -_CHECKSUM.size], page[-_CHECKSUM.size :]
+        if _CHECKSUM.pack(zlib.crc32(content)) != checksum:
+            raise self._error("is damaged: its checksum is wrong")
+
+    def _check_leaf(self, record: tuple[int, ...]) -> None:
+        code, place, ndim, *sizes = record
+        if place == Place.ABSENT:
+            return
+        shape, strides = _shape_and_strides(record)
+        if place not in set(Place) or code >= len(DTYPES) or ndim > MAX_DIMENSIONS or min(sizes) < 0:
+            raise self._error(f"has a leaf of dtype {code}, shape {shape} and place {place}")
+        if 0 not in shape and not is_dense(shape, strides):
+            raise self._error(f"has a leaf of shape {shape} with strides {strides}, which has gaps")
+        if math.prod(shape) * DTYPES[code].itemsize > MAX_LEAF_BYTES or max(sizes) > MAX_LEAF_BYTES:
+            raise self._error(f"has a leaf of shape {shape}; at most {MAX_LEAF_BYTES} bytes can cross a cut at once")
+
+    def _leaf(self, record: tuple[int, ...]) -> Tensor | None:
+        code, place, *_ = record
+        if place == Place.ABSENT:
             return None
-        shape, strides = sizes[:ndim], sizes[MAX_DIMENSIONS : MAX_DIMENSIONS + ndim]
-        if code >= len(DTYPES) or ndim > MAX_DIMENSIONS or min(sizes) < 0:
-            raise self._error(f"has a leaf of dtype {code} and shape {tuple(shape)}")
-        if not is_dense(tuple(shape), tuple(strides)):
-            raise self._error(f"has a leaf of shape {tuple(shape)} with strides {tuple(strides)}, which has gaps")
-        dtype = DTYPES[code]
-        device = self._device if on_device and dtype.is_floating_point else torch.device("cpu")
-        leaf = torch.empty_strided(shape, strides, dtype=dtype, device=device)
+        shape, strides = _shape_and_strides(record)
+        device = self._device if place == Place.DEVICE else torch.device("cpu")
+        leaf = torch.empty_strided(shape, strides, dtype=DTYPES[code], device=device)
         if leaf.numel():
             self._fill(as_bytes(leaf))
         return leaf
@@ -212,7 +256,7 @@ class Decoder:
         assert frame.leaves[0] is not None
         try:
             return json.loads(bytes(frame.leaves[0].numpy().data))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise self._error(f"is a schema that is not JSON ({error})") from None
 
     def _error(self, text: str) -> TransportError:
@@ -224,14 +268,40 @@ def as_bytes(tensor: Tensor) -> Tensor:
     return torch.as_strided(tensor, (tensor.numel(),), (1,), tensor.storage_offset()).view(torch.uint8)
 
 
+def _sendable(leaf: Tensor) -> Tensor:
+    """The leaf with its values in its own memory, densely: no lazy conjugation or negation, no gaps.
+
+    Raises:
+        TransportError: where a message cannot describe it.
+    """
+    if leaf.dtype not in _DTYPE_CODES or leaf.ndim > MAX_DIMENSIONS or leaf.layout is not torch.strided:
+        raise TransportError(
+            f"a tensor of dtype {leaf.dtype}, layout {leaf.layout} and {leaf.ndim} dimensions cannot cross a cut; "
+            f"links carry dense tensors of {', '.join(str(dtype).removeprefix('torch.') for dtype in DTYPES)} of up "
+            f"to {MAX_DIMENSIONS} dimensions. Convert it before the end of the stage."
+        )
+    if leaf.numel() * leaf.element_size() > MAX_LEAF_BYTES:
+        raise TransportError(
+            f"a tensor of shape {tuple(leaf.shape)} cannot cross a cut; at most {MAX_LEAF_BYTES} bytes can at once. "
+            "Use smaller batches, or cut the model elsewhere."
+        )
+    return dense(leaf.resolve_conj().resolve_neg())
+
+
+def _shape_and_strides(record: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    _, _, ndim, *sizes = record
+    return tuple(sizes[:ndim]), tuple(sizes[MAX_DIMENSIONS : MAX_DIMENSIONS + ndim])
+
+
+def _is_schema(record: tuple[int, ...]) -> bool:
+    """Whether the leaf may be the text of a schema: some bytes in host memory."""
+    code, place, ndim, size, *_ = record
+    return place == Place.HOST and DTYPES[code] == torch.uint8 and ndim == 1 and size <= MAX_SCHEMA_BYTES
+
+
 def _describe(leaf: Tensor | None) -> bytes:
     if leaf is None:
         return bytes(_LEAF.size)
-    if leaf.dtype not in _DTYPE_CODES or leaf.ndim > MAX_DIMENSIONS:
-        raise TransportError(
-            f"a tensor of dtype {leaf.dtype} with {leaf.ndim} dimensions cannot cross a cut; links carry "
-            f"{', '.join(str(dtype).removeprefix('torch.') for dtype in DTYPES)} of up to {MAX_DIMENSIONS} "
-            "dimensions. Convert it before the end of the stage."
-        )
+    place = Place.HOST if leaf.device.type == "cpu" else Place.DEVICE
     padding = [0] * (MAX_DIMENSIONS - leaf.ndim)
-    return _LEAF.pack(_DTYPE_CODES[leaf.dtype], 1, leaf.ndim, *leaf.shape, *padding, *leaf.stride(), *padding)
+    return _LEAF.pack(_DTYPE_CODES[leaf.dtype], place, leaf.ndim, *leaf.shape, *padding, *leaf.stride(), *padding)
