@@ -59,4 +59,15 @@ class ReceiveTimeout(TransportError):
 
 
 class WorkerError(StalewiseError):
-    """A worker of a distributed job failed; the message holds its own traceback."""
+    """A worker of a distributed job failed; the message holds its own traceback.
+
+    Args:
+        message: who failed, where, and the traceback.
+        cause_type: class of the worker's own error, such as "ValueError".
+        cause: the worker's own message.
+    """
+
+    def __init__(self, message: str, *, cause_type: str = "", cause: str = "") -> None:
+        super().__init__(message)
+        self.cause_type = cause_type
+        self.cause = cause

@@ -58,8 +58,7 @@ def encode() -> Callable[..., bytes]:
 def write_parquet(encode) -> Callable[..., list[bytes]]:
     """Writes images 0 .. count-1 with labels index % 3; returns the encoded images."""
 
-    def write(path: Path, count: int = 12, *, kind: str = "PNG", damage: dict[int, bytes | None] | None =
-    None):
+    def write(path: Path, count: int = 12, *, kind: str = "PNG", damage: dict[int, bytes | None] | None = None):
         encoded: list[bytes | None] = [encode(_pixels(index), kind) for index in range(count)]
         for index, content in (damage or {}).items():
             encoded[index] = content

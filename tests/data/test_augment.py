@@ -97,6 +97,7 @@ def test_normalised_values() -> None:
     batch, mean, std = images(50), (0.1, 0.2, 0.3), (0.5, 0.25, 2.0)
     output = normalise(batch, mean, std)
     assert output.dtype is torch.float32
-    exact = (batch.double() / 255 - torch.tensor(mean).double().view(3, 1, 1)) / torch.tensor(std).double().view(3, 1, 1)
-    torch.testing.assert_close(output.double(), exact, rtol=1e-5,
-    atol=1e-6)
+    exact = (batch.double() / 255 - torch.tensor(mean).double().view(3, 1, 1)) / torch.tensor(std).double().view(
+        3, 1, 1
+    )
+    torch.testing.assert_close(output.double(), exact, rtol=1e-5, atol=1e-6)

@@ -1,5 +1,6 @@
 """The batches of an epoch: every sample once, the same for any number of workers, and no one else's randomness used."""
 
+import pickle
 import random
 
 import numpy as np
@@ -146,10 +147,10 @@ def test_no_other_random_state_is_touched_or_read(num_workers: int) -> None:
     expected = list(batches(data))
     torch.manual_seed(123)
     random.seed(123)
-    np.random.seed(123)  # noqa: NPY002
-    before = torch.get_rng_state(), random.getstate(), repr(np.random.get_state())  # noqa: NPY002
+    np.random.seed(123)
+    before = torch.get_rng_state(), random.getstate(), repr(np.random.get_state())
     assert same(list(batches(data, num_workers=num_workers)), expected)
-    after = torch.get_rng_state(), random.getstate(), repr(np.random.get_state())  # noqa: NPY002
+    after = torch.get_rng_state(), random.getstate(), repr(np.random.get_state())
     assert torch.equal(before[0], after[0])
     assert before[1:] == after[1:]
 
@@ -160,6 +161,12 @@ def test_an_iteration_that_is_left_early_does_no_harm(num_workers: int) -> None:
     epoch = batches(numbered(50), num_workers=num_workers)
     first = next(iter(epoch))
     assert same([first], list(epoch)[:1])
+
+
+def test_an_epoch_can_be_sent_to_another_process() -> None:
+    """As the loader does where processes are spawned rather than forked."""
+    epoch = batches(numbered(20))
+    assert same(list(pickle.loads(pickle.dumps(epoch))), list(epoch))
 
 
 @pytest.mark.parametrize("threads", [1, 2])

@@ -73,9 +73,7 @@ def test_a_folder_that_cannot_be_written_is_a_warning(tmp_path: Path) -> None:
         store_array(tmp_path / "file" / "a.npy", np.zeros(4, dtype=np.uint8))
 
 
-def test_a_failed_write_leaves_the_old_array_and_nothing_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_write_leaves_the_old_array_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.npy"
     store_array(path, np.ones(4, dtype=np.uint8))
 

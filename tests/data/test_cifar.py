@@ -112,6 +112,20 @@ def test_an_archive_without_a_file(archived, load, cifar_records, write_archive)
         load(layout, archive)
 
 
+def test_files_that_cannot_be_opened(archived, load, cifar_records, monkeypatch, tmp_path: Path) -> None:
+    layout, archive = archived
+    folder = unpack(tmp_path / "unpacked", cifar_records(layout))
+
+    def failing(path: Path, mode: str) -> None:
+        raise PermissionError(13, "permission denied")
+
+    monkeypatch.setattr(Path, "open", failing)
+    with pytest.raises(DataError, match=r"binary\.tar\.gz cannot be read: .*permission denied"):
+        load(layout, archive)
+    with pytest.raises(DataError, match=r"data_batch_1\.bin cannot be read: .*permission denied"):
+        load(layout, folder)
+
+
 def test_links_and_other_paths_in_an_archive_are_not_followed(
     archived, load, cifar_records, write_archive, tmp_path: Path
 ) -> None:
@@ -126,7 +140,7 @@ def test_links_and_other_paths_in_an_archive_are_not_followed(
     write_archive(archive, members)
     layout = replace(layout, md5=hashlib.md5(archive.read_bytes()).hexdigest())
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(DataError, match="holds no file .*test_batch.bin"):
+    with pytest.raises(DataError, match=r"holds no file .*test_batch.bin"):
         load(layout, archive)
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -150,8 +164,8 @@ def test_files_of_the_wrong_size_or_content(
         load(small_cifar, unpack(tmp_path, contents))
 
 
-def test_a_member_of_the_wrong_size_is_named_with_its_archive(archived, load, cifar_records, write_archive) ->
-    None: layout, archive = archived
+def test_a_member_of_the_wrong_size_is_named_with_its_archive(archived, load, cifar_records, write_archive) -> None:
+    layout, archive = archived
     contents = cifar_records(layout) | {"test_batch.bin": bytes(10**6)}
     write_archive(archive, {f"{layout.folder}/{name}": data for name, data in contents.items()})
     layout = replace(layout, md5=hashlib.md5(archive.read_bytes()).hexdigest())
@@ -162,8 +176,8 @@ def test_a_member_of_the_wrong_size_is_named_with_its_archive(archived, load, ci
 def test_a_missing_or_empty_folder(load, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="nowhere does not exist"):
         load(CIFAR10, tmp_path / "nowhere")
-    with pytest.raises(DataError, match="holds neither cifar-10-binary.tar.gz nor cifar-10-batches-bin/ with
-        data"): load(CIFAR10, tmp_path)
+    with pytest.raises(DataError, match=r"neither cifar-10-binary.tar.gz nor cifar-10-batches-bin/ with data"):
+        load(CIFAR10, tmp_path)
 
 
 def test_other_forms_of_the_data_get_a_hint(load, tmp_path: Path) -> None:

@@ -95,5 +95,5 @@ def test_limits_keep_the_normalisation_of_all() -> None:
 def test_splits_must_agree() -> None:
     with pytest.raises(DataError, match=r"\[3, 4, 4\] in small and \[3, 5, 5\] in large"):
         DataSplit.normalised_by_train(dataset(name="small"), dataset(side=5, name="large"))
-    with pytest.raises(DataError, match="has 3 classes, .* 2"):
+    with pytest.raises(DataError, match=r"has 3 classes, .* 2"):
         DataSplit.normalised_by_train(dataset(), dataset(classes=2))

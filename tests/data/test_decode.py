@@ -25,8 +25,8 @@ def png_claiming(width: int, height: int) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND",
-    b"")
+    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunks
 
 
 def test_pixels_come_back_channel_first(pixels, encode) -> None:
@@ -95,7 +95,7 @@ def test_a_transparent_palette_raises_no_warning() -> None:
 
 
 def test_sixteen_bits_are_refused_rather_than_clipped(encode) -> None:
-    with pytest.raises(DataError, match="record 0 cannot be decoded.*mode I;16"):
+    with pytest.raises(DataError, match=r"record 0 cannot be decoded.*mode I;16"):
         decode_all([encode(np.full((8, 8), 4000, dtype=np.uint16))])
 
 

@@ -7,7 +7,6 @@ from sklearn.datasets import load_digits as bundled_digits
 
 from stalewise.data import DataSplit, load_data
 
-
 FIRST_LABELS = [3, 9, 1, 3, 1, 9, 4, 4, 2, 8, 3, 5]
 """Of the training set; another version of scikit-learn must not change the split unnoticed."""
 
@@ -34,7 +33,7 @@ def test_the_split_is_stratified(digits: DataSplit) -> None:
 
 def test_the_split_is_always_the_same(digits: DataSplit) -> None:
     torch.manual_seed(5)
-    np.random.seed(5)  # noqa: NPY002
+    np.random.seed(5)
     again = load_data("digits")
     for one, other in ((digits.train, again.train), (digits.test, again.test)):
         assert torch.equal(one.images, other.images)

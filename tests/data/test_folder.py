@@ -27,7 +27,9 @@ def write_classes(pixels, encode):
 
 def numbers(split: DataSplit, pixels, counts: list[int]) -> tuple[list[int], list[int]]:
     """Which images the training and the test set hold, by number, having checked their labels."""
-    known = {pixels(100 * c + i).transpose(2, 0, 1).tobytes(): 100 * c + i for c, n in enumerate(counts) for i in range(n)}
+    known = {
+        pixels(100 * c + i).transpose(2, 0, 1).tobytes(): 100 * c + i for c, n in enumerate(counts) for i in range(n)
+    }
     found = []
     for dataset in (split.train, split.test):
         found.append([known[image.numpy().tobytes()] for image in dataset.images])
@@ -62,7 +64,7 @@ def test_the_split_follows_the_names_alone(write_classes, tmp_path: Path) -> Non
 
 
 def test_the_first_samples_are_of_many_classes(write_classes, tmp_path: Path) -> None:
-    split = load_folder(write_classes(tmp_path, {name: 50 for name in "abcd"}))
+    split = load_folder(write_classes(tmp_path, dict.fromkeys("abcd", 50)))
     first = np.bincount(split.train.labels[:40], minlength=4)
     # 10 of each are expected, with a standard deviation of 2.4.
     assert (np.abs(first - 10) < 3 * 2.4).all()

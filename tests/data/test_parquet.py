@@ -106,6 +106,15 @@ def test_class_names_from_the_file_or_numbers(folder: Path, load) -> None:
     assert split.num_classes == 4
 
 
+def test_two_splits_that_name_other_classes(folder: Path, load) -> None:
+    for name, classes in (("train", '"ant", "bee", "cow"'), ("test", '"bee", "ant", "cow"')):
+        table = pq.read_table(folder / f"{name}.parquet")
+        text = f'{{"info": {{"features": {{"label": {{"names": [{classes}]}}}}}}}}'
+        pq.write_table(table.replace_schema_metadata({"huggingface": text}), folder / f"{name}.parquet")
+    with pytest.raises(DataError, match=r"test\.parquet names the classes \('bee', .* training data \('ant', "):
+        load(folder)
+
+
 @pytest.mark.parametrize("text", ["{", "[]", '{"info": 3}', '{"info": {"features": {"label": {"names": [1]}}}}'])
 def test_other_metadata_is_no_matter(folder: Path, load, text: str) -> None:
     table = pq.read_table(folder / "train.parquet")
@@ -144,8 +153,8 @@ def test_the_second_load_decodes_nothing(folder: Path, load, pixels, decoded: li
     assert len(list((cache / "decoded").iterdir())) == 2
 
 
-def test_a_changed_file_is_decoded_again(folder: Path, load, write_parquet, pixels, decoded: list[int]) ->
-    None: load(folder)
+def test_a_changed_file_is_decoded_again(folder: Path, load, write_parquet, pixels, decoded: list[int]) -> None:
+    load(folder)
     write_parquet(folder / "test.parquet", 6)
     check(load(folder), pixels, test=6)
     status = (folder / "train.parquet").stat()
@@ -154,9 +163,9 @@ def test_a_changed_file_is_decoded_again(folder: Path, load, write_parquet, pixe
     assert decoded == [12, 5, 6, 12]
 
 
-@pytest.mark.parametrize("damage", [lambda content: content[:-9], lambda content: b"", lambda content: b"x" *
-200]) def test_an_unusable_cache_is_replaced(folder: Path, load, pixels, decoded: list[int], cache: Path,
-    damage) -> None: load(folder)
+@pytest.mark.parametrize("damage", [lambda content: content[:-9], lambda content: b"", lambda content: b"x" * 200])
+def test_an_unusable_cache_is_replaced(folder: Path, load, pixels, decoded: list[int], cache: Path, damage) -> None:
+    load(folder)
     for file in (cache / "decoded").iterdir():
         file.write_bytes(damage(file.read_bytes()))
     check(load(folder), pixels)
@@ -232,8 +241,8 @@ def test_columns_of_another_kind(folder: Path, load, columns: dict[str, object],
 
 def test_a_test_label_that_training_does_not_know(folder: Path, load) -> None:
     rewrite(folder / "test.parquet", label=pa.array([0, 1, 2, 3, 0]))
-    with pytest.raises(DataError, match=r"test\.parquet record 3 has label 3; the training data have the
-        classes 0 .. 2"): load(folder)
+    with pytest.raises(DataError, match=r"test\.parquet record 3 has label 3; the training .* 0 \.\. 2"):
+        load(folder)
 
 
 def test_a_missing_half(folder: Path, tmp_path: Path) -> None:

@@ -53,8 +53,9 @@ def test_every_entry_has_the_shape_of_the_paper(model, blocks: int, shapes: list
 
 
 def test_depth_counts_the_layers_with_weights() -> None:
-    for depth, model in ((32, basic_resnet(32, num_classes=10)), (29, preact_bottleneck_resnet(29,
-        num_classes=10))): layers = [
+    for depth, make in ((32, basic_resnet), (29, preact_bottleneck_resnet)):
+        model = make(depth, num_classes=10)
+        layers = [
             module
             for name, module in model.named_modules()
             if isinstance(module, nn.Conv2d | nn.Linear) and "shortcut" not in name
@@ -157,8 +158,8 @@ def test_initial_weights_are_those_of_the_authors(make) -> None:
 @FAMILIES
 def test_entries_are_named_classes_that_pickle(make) -> None:
     model = make()
-    assert {type(entry) for entry in model} <= {Stem, nn.Conv2d, BasicBlock, PreactBottleneck, Head,
-    PreactHead} copy = pickle.loads(pickle.dumps(model))
+    assert {type(entry) for entry in model} <= {Stem, nn.Conv2d, BasicBlock, PreactBottleneck, Head, PreactHead}
+    copy = pickle.loads(pickle.dumps(model))
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(copy.eval()(images), model.eval()(images))
     assert "lambda" not in repr(model)

@@ -68,6 +68,7 @@ def simulate(
     noise = np.random.default_rng(seed)
     traces = [Trace(stage) for stage in range(stages)]
     clock = [7_000 * MILLISECOND] * stages
+    batch = -1
     programs = [dsp_stage(stage, staleness) for stage in range(stages)]
 
     def length(stage: int, action: Action) -> int:
@@ -94,7 +95,8 @@ def simulate(
                         arrived[stage + 1, Action(Kind.RECEIVE_ACTIVATION, action.batch)] = end + LINK_NS
                     if action.kind is Kind.SEND_GRADIENT:
                         arrived[stage - 1, Action(Kind.RECEIVE_GRADIENT, action.batch)] = end + LINK_NS
-                    batch = -1 if action.batch is None else epoch * batches + action.batch
+                    if action.batch is not None:
+                        batch = epoch * batches + action.batch
                     traces[stage].add(action, batch, start, end)
                     clock[stage] = end + (0 if duration_ms else 60_000)
                     waiting[stage] = next(streams[stage], None)
@@ -247,8 +249,6 @@ def write_run(run_dir: Path, *, epochs: int = 10, batches: int = 23, **simulatio
     }
     for name, document in documents.items():
         (run_dir / name).write_text(json.dumps(document, indent=2), encoding="utf-8")
-    (run_dir / "metrics.jsonl").write_text(
-        "".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8"
-    )
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     save_timeline(run_dir, simulate(epochs=epochs, batches=batches, **simulation))
     return run_dir

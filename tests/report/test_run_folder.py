@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from stalewise.errors import ConfigError
+from stalewise.report.html import write_report
 from stalewise.report.run_folder import RunFolder
 
 
@@ -34,9 +35,7 @@ def test_finished_run_is_read_whole(finished_run: Path) -> None:
 
 def test_missing_fields_and_files_read_as_none(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model": null}', encoding="utf-8")
-    (tmp_path / "metrics.jsonl").write_text(
-        '{"event":"batch","batch":0}\n{"event":"new"}\n', encoding="utf-8"
-    )
+    (tmp_path / "metrics.jsonl").write_text('{"event":"batch","batch":0}\n{"event":"new"}\n', encoding="utf-8")
     run = RunFolder.read(tmp_path)
     assert run.config.text("model") is None
     assert run.batches[0].loss is None
@@ -90,7 +89,6 @@ def test_folder_must_exist(tmp_path: Path) -> None:
         ("config.json", '{\n\n"staleness": [2, 4, 0]}', r"line 3: staleness .*Did you mean \(4, 2, 0\)"),
         ("config.json", '{"staleness": 4}', "staleness is 4; it must be a list of whole numbers"),
         ("config.json", '{"stages": 3, "queue": [1, 0]}', "one number for each of the 3 stages"),
-        ("config.json", '{"stages": 2}', "holds 3 stages and config.json names 2"),
         ("environment.json", '{"cores": -4}', r"environment\.json, line 1: cores is -4"),
         ("summary.json", "{", r"summary\.json, line 1: not JSON"),
         (
@@ -110,6 +108,19 @@ def test_folder_must_exist(tmp_path: Path) -> None:
 def test_malformed_files_are_named(run_dir: Path, name: str, content: str | bytes, message: str) -> None:
     (run_dir / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ConfigError, match=message):
+        write_report(run_dir)
+
+
+def test_incomplete_timeline_is_left_out(run_dir: Path) -> None:
+    (run_dir / "timeline/stage1.npz").unlink()
+    run = RunFolder.read(run_dir)
+    assert run.timeline is None
+    assert any("stage0.npz, stage2.npz and the run has 3 stages" in note for note in run.notes)
+
+
+def test_malformed_timeline_is_named(run_dir: Path) -> None:
+    (run_dir / "timeline/stage1.npz").write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"stage1\.npz is not a readable"):
         RunFolder.read(run_dir)
 
 

@@ -128,7 +128,16 @@ def test_evaluation_splits_a_run_without_warm_up() -> None:
     timeline = Timeline.from_traces(simulate(staleness=(0, 0, 0), epochs=4, batches=10, jitter=0.0))
     window = timeline.window(1000)
     assert window.num_steps == 9
-    assert all(stage.shares[Activity.UNRECORDED] < 0.02 for stage in timeline.usage(window).stages)
+    # An evaluation of 400 ms would be a third; what is left is a last stage that ends before the first does.
+    assert all(stage.shares[Activity.UNRECORDED] < 0.08 for stage in timeline.usage(window).stages)
+
+
+def test_drain_is_not_taken_for_steady_state_where_it_is_the_longer() -> None:
+    # Of an epoch of 6 batches one interval of stage 0 is steady and 4 are the drain.
+    timeline = Timeline.from_traces(simulate(epochs=5, batches=6, jitter=0.0))
+    window = timeline.window(8)
+    assert (window.steady, window.num_steps) == (True, 1)
+    assert timeline.usage(window).stages[0].staleness == 4
 
 
 def test_run_without_steady_step_falls_back_to_the_whole() -> None:
@@ -157,7 +166,7 @@ def test_measured_staleness_is_the_declared_one(slack: list[int], jitter: float,
     timeline = Timeline.from_traces(traces[::-1])
     usage = timeline.usage(timeline.window(8))
     assert usage.window.steady
-    assert [stage.updates_between for stage in usage.stages] == staleness
+    assert [stage.staleness for stage in usage.stages] == staleness
     for stage in usage.stages:
         assert sum(stage.shares.values()) == pytest.approx(1.0)
 
@@ -171,6 +180,20 @@ def test_slowest_stage_is_the_bottleneck() -> None:
         assert usage.bottleneck == slow
         assert usage.stages[slow].utilisation > 0.9
         assert usage.step_s == pytest.approx(usage.stages[slow].step_s)
+
+
+def test_stage_that_catches_up_is_not_the_bottleneck() -> None:
+    # Stage 1 works through its queue without a pause, but in shorter steps than stage 0 can deliver.
+    busy = [(f"B{step}", 80 * step, 80 * step + 80) for step in range(10)]
+    slow = [(f"B{step}", 100 * step, 100 * step + 98) for step in range(8)]
+    records = [
+        [record for name, start, end in each for record in ((name, start, end - 1), ("U", end - 1, end))]
+        for each in (slow, busy)
+    ]
+    usage = Timeline.from_traces([trace_of(stage, *each) for stage, each in enumerate(records)]).usage(span(0, 800))
+    assert usage.stages[1].utilisation > usage.stages[0].utilisation
+    assert usage.bottleneck == 0
+    assert usage.step_s == pytest.approx(100e-9)
 
 
 def test_file_and_traces_give_the_same_timeline(finished_run: Path) -> None:
@@ -195,7 +218,7 @@ def columns_of(path: Path) -> dict[str, np.ndarray]:
     ("change", "message"),
     [
         (lambda columns: columns.pop("batch"), r"stage2\.npz lacks the array 'batch'.*numpy\.savez"),
-        (lambda columns: columns.update(kind=columns["kind"] + 5), "record 2 is kind=9.*from 0 to 8"),
+        (lambda columns: columns["kind"].__setitem__(2, 9), "record 2 is kind=9.*from 0 to 8"),
         (lambda columns: columns["end_ns"].__setitem__(3, 0), "record 3 is .*must not end before it starts"),
         (lambda columns: columns.update(batch=columns["batch"][:-1]), "entries and 'kind' has"),
         (lambda columns: columns.update(start_ns=columns["start_ns"] * 0.5), "'start_ns' is float64"),

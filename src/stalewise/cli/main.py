@@ -12,7 +12,7 @@ from stalewise.cli.doctor import doctor
 from stalewise.cli.evaluate import evaluate
 from stalewise.cli.program import program
 from stalewise.cli.train import train
-from stalewise.errors import ConfigError, StalewiseError, WorkerError
+from stalewise.errors import ConfigError, DataError, PlanError, StalewiseError, WorkerError
 
 __all__ = ["app", "run"]
 
@@ -44,14 +44,17 @@ def run() -> None:
         app()
     except ConfigError as error:
         _fail(error, 2)
+    except WorkerError as error:
+        wrong_input = error.cause_type in (kind.__name__ for kind in (ConfigError, PlanError, DataError))
+        _fail(error.cause if wrong_input else error, 2 if wrong_input else 1)
     except StalewiseError as error:
-        _fail(error, 2 if isinstance(error, WorkerError) and "ConfigError" in str(error) else 1)
+        _fail(error, 1)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
 
 
-def _fail(error: StalewiseError, code: int) -> None:
+def _fail(error: object, code: int) -> None:
     Console(stderr=True, highlight=False, soft_wrap=True).print("[bold red]error:[/] ", end="")
     print(error, file=sys.stderr)
     sys.exit(code)

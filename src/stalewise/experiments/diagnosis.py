@@ -12,11 +12,11 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 
 from stalewise._version import __version__
 from stalewise.data import default_cache_dir
 from stalewise.experiments.environment import processor_name
+from stalewise.runtime.backends import available_backends
 
 __all__ = ["Finding", "diagnose"]
 
@@ -99,15 +99,15 @@ def _devices(stages: int) -> Iterator[Finding]:
 
 
 def _backends() -> Iterator[Finding]:
-    if not dist.is_available() or not dist.is_gloo_available():
+    backends = available_backends()
+    if "gloo" not in backends:
         yield Finding(
             level="problem",
             subject="gloo",
             text="this torch has no gloo, so only --engine sequential works; install another build.",
         )
     else:
-        nccl = ", nccl" if dist.is_nccl_available() else ""
-        yield Finding(level="ok", subject="backends", text=f"gloo{nccl}")
+        yield Finding(level="ok", subject="backends", text=", ".join(backends))
 
 
 def _network() -> Iterator[Finding]:

@@ -320,7 +320,7 @@ class Timeline:
         if not balanced.any():
             return ends, balanced
         patterns, times = np.unique(counts[balanced], axis=0, return_counts=True)
-        steady: BoolArray = balanced & (counts == patterns[times.argmax()]).all(axis=1)
+        steady: BoolArray = (counts == patterns[times.argmax()]).all(axis=1)
         longest_gap = float(np.median(np.diff(ends)[steady]))
         for resumed in self._pauses(longest_gap):
             step = int(np.searchsorted(ends, resumed, side="left")) - 1

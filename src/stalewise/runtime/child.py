@@ -36,7 +36,9 @@ def run_child(main: Callable[..., object], args: Sequence[Any]) -> NoReturn:
     except KeyboardInterrupt:
         _exit_now(130)
     except SystemExit as error:
-        if error.code is None or isinstance(error.code, int):
+        if not error.code:
+            leave_job()
+        if not error.code or isinstance(error.code, int):
             _exit_now(error.code or 0)
         report_failure(error)
         _exit_now(1)
@@ -72,11 +74,19 @@ def import_and_run() -> NoReturn:
     """
     settings = json.loads(os.environ[CHILD_VARIABLE])
     sys.path[:], sys.argv = settings["path"], settings["argv"]
-    if "script" in settings:
-        module = ModuleType("__stalewise_script__")
-        module.__file__ = settings["script"]
-        sys.modules[module.__name__] = module
-        exec(compile(Path(settings["script"]).read_bytes(), settings["script"], "exec"), vars(module))
-    else:
-        module = importlib.import_module(settings["module"])
-    run_child(getattr(module, settings["name"]), settings["args"])
+    try:
+        main = getattr(_module(settings), settings["name"])
+    except Exception as error:
+        report_failure(error)
+        _exit_now(1)
+    run_child(main, settings["args"])
+
+
+def _module(settings: dict[str, Any]) -> ModuleType:
+    if "script" not in settings:
+        return importlib.import_module(settings["module"])
+    module = ModuleType("__stalewise_script__")
+    module.__file__ = settings["script"]
+    sys.modules[module.__name__] = module
+    exec(compile(Path(settings["script"]).read_bytes(), settings["script"], "exec"), vars(module))
+    return module

@@ -10,8 +10,11 @@ Rank 0 reads the batches. An END message follows the last activation down the st
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator, Mapping
+import itertools
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch.distributed as dist
@@ -31,7 +34,7 @@ from stalewise.engine.state import (
     stage_state,
 )
 from stalewise.engine.tree import flatten, unflatten
-from stalewise.errors import ConfigError, PeerLost, StalewiseError
+from stalewise.errors import ConfigError, PeerLost, StalewiseError, TransportError
 from stalewise.protocol.program import Program
 from stalewise.protocol.trace import Trace
 from stalewise.runtime.exchange import broadcast_json, broadcast_tensors
@@ -98,37 +101,44 @@ class DistributedEngine(Engine):
         self._activations_out = self._gradients_out = None
         if rank > 0:
             self._activations_in = Receiver(
-                endpoint(rank - 1, "activation", (rank - 1, rank)), timeout_s=recv_timeout_s
+                endpoint(rank - 1, "activation", (rank - 1, rank)),
+                timeout_s=recv_timeout_s,
+                limit=program.staleness[rank - 1] + 2,  # in training never reached: m + 1 activations and an END
             )
-            self._gradients_out = Sender(endpoint(rank - 1, "gradient", (rank, rank - 1)))
+            self._gradients_out = Sender(endpoint(rank - 1, "gradient", (rank, rank - 1)), timeout_s=recv_timeout_s)
         if rank < last:
-            self._activations_out = Sender(endpoint(rank + 1, "activation", (rank, rank + 1)))
+            self._activations_out = Sender(endpoint(rank + 1, "activation", (rank, rank + 1)), timeout_s=recv_timeout_s)
             self._gradients_in = Receiver(endpoint(rank + 1, "gradient", (rank + 1, rank)), timeout_s=recv_timeout_s)
         self._interpreter = Interpreter(stage, program.stages[rank], self, clock=job.clock)
         self._feed = Feed((), stage.device)
         self._drain = True
-        for receiver in self._receivers:
-            job.monitor.on_failure(receiver.wake)
+        links: list[Receiver | Sender] = [*self._receivers, *self._senders]
+        for link in links:
+            job.monitor.on_failure(link.wake)
         job.monitor.publish(self._status, watch=range(job.world_size if rank == 0 else 0))
-        job.closers.append(self._close_links)
+        job.closers.append(partial(_see_last_messages, self._receivers))
+        for sender in self._senders:
+            weakref.finalize(self, sender.close).atexit = False
 
     # -- sessions ------------------------------------------------------------------------------------------------
 
     def _open(self, batches: Batches | None, drain: bool) -> None:
         self._drain = drain
-        if self.stage.is_first:
-            self._feed = Feed(batches, self.stage.device)
-        for receiver in self._receivers:
-            receiver.open()
+        with self._failures_reported("begin of a session"):
+            if self.stage.is_first:
+                self._feed = Feed(batches, self.stage.device)
+            for receiver in self._receivers:
+                receiver.open()
 
     def _another_batch(self) -> bool:
-        with self._failures_reported():
-            if self._activations_in is None:
+        if self._activations_in is None:
+            with self._failures_reported("load", self.num_batches):
                 return not self._leaving and self._feed.another()
+        with self._failures_reported("receive activation", self.num_batches):
             return self._activations_in.peek(self.num_batches).kind is MessageKind.ACTIVATION
 
     def _close(self) -> bool:
-        with self._failures_reported():
+        with self._failures_reported("end of a session"):
             if self._activations_in is None:
                 go_on = _GoOn.LEAVE if self._leaving else _GoOn.DRAIN if self._drain else _GoOn.PAUSE
             else:
@@ -143,11 +153,15 @@ class DistributedEngine(Engine):
             return go_on is not _GoOn.PAUSE
 
     def _finish(self) -> None:
-        with self._failures_reported():
+        with self._failures_reported("end of a session"):
             if self._gradients_out is not None:
                 self._gradients_out.put(Frame(MessageKind.END, self.num_batches, []))
             for sender in self._senders:
                 sender.flush()
+            if not self.batches_in_flight:
+                # The peers' ENDs are about to come; once they are here, this process may end at any time.
+                for receiver in self._receivers:
+                    receiver.join()
 
     def _execute_step(self, step: int, num_batches: int | None) -> None:
         with self._failures_reported():
@@ -190,43 +204,46 @@ class DistributedEngine(Engine):
     # -- evaluation and state ------------------------------------------------------------------------------------
 
     def _evaluate(self, batches: Batches | None, metric: Metric) -> float:
-        with self._failures_reported():
-            total, samples = self._evaluate_stage(batches, metric)
+        total, samples = self._evaluate_stage(batches, metric)
+        with self._failures_reported("evaluation"):
             total, samples = broadcast_json([total, samples], self._job.world_size - 1, self._job.group)
         return mean(total, samples)
 
     def _evaluate_stage(self, batches: Batches | None, metric: Metric) -> tuple[float, int]:
-        feed = Feed(batches, self.stage.device) if self.stage.is_first else None
         score = Score(metric)
-        if self._activations_in is not None:
-            self._activations_in.open()
-        batch = 0
+        with self._failures_reported("evaluation"):
+            feed = Feed(batches, self.stage.device) if self.stage.is_first else None
+            if self._activations_in is not None:
+                self._activations_in.open()
         with self.stage.evaluation_mode():
-            while True:
-                if feed is not None:
-                    if not feed.another():
+            for batch in itertools.count():
+                with self._failures_reported("evaluation", batch):
+                    activation = self._next_to_evaluate(feed, batch)
+                    if activation is None:
                         break
-                    activation = feed.take()
-                else:
-                    assert self._activations_in is not None
-                    frame = self._activations_in.get(batch)
-                    if frame.kind is MessageKind.END:
-                        break
-                    activation = _activation(frame)
-                activation = self.stage.infer(activation, batch)
-                if self._activations_out is None:
-                    score.add(activation, self.stage.device)
-                else:
-                    self._activations_out.put(_frame(batch, activation))
-                batch += 1
-        if self._activations_out is not None:
-            self._activations_out.put(Frame(MessageKind.END, batch, []))
-            self._activations_out.flush()
-        return score.totals()
+                    activation = self.stage.infer(activation, batch)
+                    if self._activations_out is None:
+                        score.add(activation, self.stage.device)
+                    else:
+                        self._activations_out.flush()
+                        self._activations_out.put(_frame(batch, activation))
+        with self._failures_reported("evaluation"):
+            if self._activations_out is not None:
+                self._activations_out.put(Frame(MessageKind.END, batch, []))
+                self._activations_out.flush()
+            return score.totals()
+
+    def _next_to_evaluate(self, feed: Feed | None, batch: int) -> Activation | None:
+        """The activation of a batch; None after the last."""
+        if feed is not None:
+            return feed.take() if feed.another() else None
+        assert self._activations_in is not None
+        frame = self._activations_in.get(batch)
+        return None if frame.kind is MessageKind.END else _activation(frame)
 
     def state_dict(self) -> dict[str, Tensor]:
         own = stage_state(self.stage)
-        with self._failures_reported():
+        with self._failures_reported("state_dict"):
             return {
                 name: value
                 for rank in range(self._job.world_size)
@@ -240,7 +257,7 @@ class DistributedEngine(Engine):
 
     def optimizer_state_dict(self) -> dict[str, Any]:
         own = optimizer_state(self.stage)
-        with self._failures_reported():
+        with self._failures_reported("optimizer_state_dict"):
             return merge_optimizer_states(
                 [self._shared_optimizer_state(own, rank) for rank in range(self._job.world_size)]
             )
@@ -268,6 +285,9 @@ class DistributedEngine(Engine):
             ],
         }
         shared: dict[str, Any] = broadcast_json(plain if mine else None, rank, self._job.group)
+        for group in shared["param_groups"]:
+            group.update({key: tuple(value) for key, value in group.items() if isinstance(value, list)})
+            group["params"] = list(group["params"])
         for joined, value in broadcast_tensors(tensors if mine else None, rank, self._job.group).items():
             name, key = joined.split("\n")
             shared["state"][name][key] = value
@@ -284,8 +304,13 @@ class DistributedEngine(Engine):
     # -- failures ------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def _failures_reported(self) -> Iterator[None]:
-        """Tell the other ranks of an error, or say which other rank's error ended this one."""
+    def _failures_reported(self, action: str | None = None, batch: int | None = None) -> Iterator[None]:
+        """Tell the other ranks of an error, or say which other rank's error ended this one.
+
+        Args:
+            action: what goes on, in words; None: what the interpreter says.
+            batch: of the action, where it has one.
+        """
         monitor = self._job.monitor
         try:
             yield
@@ -296,14 +321,10 @@ class DistributedEngine(Engine):
             cause = monitor.wait_for_cause() if lost else monitor.cause()
             if cause is not None:
                 raise cause from None
-            monitor.report(error, batch=self._current_batch(), action=self._current_action())
+            if action is None and self._interpreter.action is not None:
+                action, batch = self._interpreter.action.name.lower().replace("_", " "), self._interpreter.batch
+            monitor.report(error, batch=batch, action=action)
             raise
-
-    def _current_batch(self) -> int | None:
-        return None if self._interpreter.batch < 0 else self._interpreter.batch
-
-    def _current_action(self) -> str | None:
-        return None if self._interpreter.action is None else self._interpreter.action.name.lower().replace("_", " ")
 
     def statuses(self) -> list[dict[str, Any]]:
         shown = self._job.monitor.statuses()
@@ -315,11 +336,6 @@ class DistributedEngine(Engine):
             "activations_waiting": len(self._activations_in or ()),
             "gradients_waiting": len(self._gradients_in or ()),
         }
-
-    def _close_links(self) -> None:
-        """Before the ranks part: see the last END of every peer, so that no message is cut off."""
-        for receiver in self._receivers:
-            receiver.join(CLOSE_S)
 
     @property
     def _receivers(self) -> list[Receiver]:
@@ -337,6 +353,19 @@ def _frame(batch: int, activation: Activation) -> Frame:
 
 
 def _activation(frame: Frame) -> Activation:
-    count, structure, target_structure = frame.structure
     leaves = [leaf for leaf in frame.leaves if leaf is not None]
-    return Activation(leaves[:count], structure, unflatten(target_structure, leaves[count:]))
+    try:
+        count, structure, target_structure = frame.structure
+        unflatten(structure, leaves[:count])
+        return Activation(leaves[:count], structure, unflatten(target_structure, leaves[count:]))
+    except (TypeError, ValueError, RuntimeError, StopIteration) as error:
+        raise TransportError(
+            f"the activation of batch {frame.batch} came as {len(leaves)} tensors that do not fit the structure "
+            f"{frame.structure!r}."
+        ) from error
+
+
+def _see_last_messages(receivers: Sequence[Receiver]) -> None:
+    """Before the ranks part: wait for the last END of every peer, so that no message is cut off."""
+    for receiver in receivers:
+        receiver.join(CLOSE_S)

@@ -7,8 +7,9 @@ process if it does not stop by itself:
     worker 1 raises ─► record ─► store ◄─ monitor 0, 2: wake ─► WorkerError ─► exit 1
                                               └─ GRACE_S later, if still alive ─► os._exit(1)
 
-The store is that of the launcher or of torchrun; it outlives any worker. Where there is none, dead peers are still
-found by their closed connections.
+The store is that of the launcher or of torchrun; it outlives any worker. (Where rank 0 hosts it, it may end before the
+other ranks do; then they just stop watching.) Where there is none, dead peers are still found by their closed
+connections.
 """
 
 from __future__ import annotations
@@ -76,6 +77,7 @@ def record_failure(
         "batch": batch,
         "action": action,
         "type": type(error).__name__,
+        "message": str(error),
         "traceback": f"{type(error).__name__}: {error}" if brief else "".join(traceback.format_exception(error)),
     }
     setattr(error, _HEADER, describe_failure({**record, "traceback": ""}).rstrip())
@@ -168,7 +170,8 @@ class Monitor:
                 if rounds % round(STATUS_S / POLL_S) == 0:
                     self._exchange_status()
             except RuntimeError:
-                self._end({"who": "the launcher", "traceback": "its store does not answer; the job is over."})
+                if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+                    self._end({"who": "the launcher", "traceback": "its store does not answer; the job is over."})
                 return
             rounds += 1
 

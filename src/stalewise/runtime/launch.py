@@ -161,14 +161,14 @@ class _Workers:
                 codes = [process.poll() for process in self._processes]
                 failed = next((rank for rank, code in enumerate(codes) if code), None)
                 if failed is not None:
-                    raise WorkerError(self._reason(failed))
+                    raise self._reason(failed)
                 if all(code == 0 for code in codes):
                     return
                 time.sleep(POLL_S)
         finally:
             self._end()
 
-    def _reason(self, rank: int) -> str:
+    def _reason(self, rank: int) -> WorkerError:
         """Why the job failed: the first worker's own record, or how this one ended."""
         process = self._processes[rank]
         code = process.returncode
@@ -179,14 +179,16 @@ class _Workers:
             record = {"rank": rank, "who": who, "type": "Killed", "message": ended, "traceback": ended}
             stored = json.loads(self._store.compare_set(failure_key(), "", json.dumps(record)))
             if stored["type"] in ("Killed", "PeerLost"):
-                return ended + (" The system may have run out of memory." if name == "SIGKILL" else "")
-            return describe_failure(stored)
+                memory = " The system may have run out of memory." if name == "SIGKILL" else ""
+                return WorkerError(ended + memory, cause_type="Killed", cause=ended)
+            return _worker_error(stored)
         deadline = time.monotonic() + RECORD_WAIT_S
-        while not self._store.check([failure_key()]):
-            if time.monotonic() > deadline:
-                return f"{who} exited with code {code} and gave no reason; look at its output above."
+        while not self._store.check([failure_key()]) and time.monotonic() < deadline:
             time.sleep(POLL_S)
-        return describe_failure(json.loads(self._store.get(failure_key())))
+        stored = json.loads(self._store.compare_set(failure_key(), "", '{"type": "none"}'))
+        if stored["type"] in ("none", "PeerLost"):
+            return WorkerError(f"{who} exited with code {code} and gave no reason; look at its output above.")
+        return _worker_error(stored)
 
     def _end(self) -> None:
         """Leave no process behind: ask, wait, then kill whole process groups."""
@@ -201,6 +203,10 @@ class _Workers:
             process.wait()
             if process.stdin is not None:
                 process.stdin.close()
+
+
+def _worker_error(record: dict[str, Any]) -> WorkerError:
+    return WorkerError(describe_failure(record), cause_type=record["type"], cause=record["message"])
 
 
 def _signal_group(pid: int, number: signal.Signals) -> None:

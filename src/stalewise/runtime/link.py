@@ -2,8 +2,9 @@
 
 Receives are always posted ahead: while a session is open, the receiving thread takes whatever the peer sends into
 its queue (bounded by the program, see V8), and the stage finds it there. Sends are handed to the sending thread and
-never hold the stage up. Host memory crosses gloo; where each stage has a GPU of its own, payloads may cross a
-second group (NCCL), and only the pages gloo.
+never hold the stage up. No gradients bound an evaluation: there the stage flushes before it sends, and the
+receiver's queue has a limit. Host memory crosses gloo; where each stage has a GPU of its own, payloads may cross a
+second group (NCCL), and only the pages gloo. A page says where each leaf was, and so which group it crosses.
 
 A session ends with an END message, so no thread is left waiting on the network between sessions.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import queue
 import threading
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -50,12 +52,18 @@ class Endpoint:
 
 
 class Sender:
-    """Sends frames in order from a thread of its own."""
+    """Sends frames in order from a thread of its own.
 
-    def __init__(self, endpoint: Endpoint) -> None:
+    Args:
+        endpoint: the peer.
+        timeout_s: how long `flush` waits.
+    """
+
+    def __init__(self, endpoint: Endpoint, *, timeout_s: float) -> None:
         self._endpoint = endpoint
+        self._timeout_s = timeout_s
         self._encoder = Encoder(endpoint.plan)
-        self._queue: queue.Queue[tuple[Frame, torch.cuda.Event | None]] = queue.Queue()
+        self._queue: queue.Queue[tuple[list[Tensor], torch.cuda.Event | None] | None] = queue.Queue()
         self._error: BaseException | None = None
         self._stream = _side_stream(endpoint.device)
         threading.Thread(target=self._run, name=f"send {endpoint.what}", daemon=True).start()
@@ -64,15 +72,40 @@ class Sender:
         """Hand over a frame; its tensors must not change any more. Does not block.
 
         Raises:
+            TransportError: where a message cannot carry the frame.
             PeerLost: where an earlier frame could not be sent.
         """
         self._raise_error()
-        self._queue.put((frame, _event_of(self._endpoint.device)))
+        self._queue.put((list(self._encoder.encode(frame)), _event_of(self._endpoint.device)))
 
     def flush(self) -> None:
-        """Wait until everything handed over is sent."""
-        self._queue.join()
+        """Wait until everything handed over is sent.
+
+        Raises:
+            ReceiveTimeout: where the peer did not take it in time.
+            PeerLost: where the peer is gone.
+            WorkerError: where another worker failed.
+        """
+        with self._queue.all_tasks_done:
+            ended = self._queue.all_tasks_done.wait_for(
+                lambda: not self._queue.unfinished_tasks or self._error is not None, self._timeout_s
+            )
         self._raise_error()
+        if not ended:
+            raise ReceiveTimeout(
+                f"{self._endpoint.name} did not take an {self._endpoint.what} in {self._timeout_s} s. Look at the log "
+                f"of rank {self._endpoint.rank} first; raise recv_timeout_s only if a step really takes that long."
+            )
+
+    def wake(self, error: WorkerError) -> None:
+        """Make a waiting `flush`, and every later `put`, raise."""
+        with self._queue.all_tasks_done:
+            self._error = self._error or error
+            self._queue.all_tasks_done.notify_all()
+
+    def close(self) -> None:
+        """End the thread after what was handed over."""
+        self._queue.put(None)
 
     def _raise_error(self) -> None:
         if isinstance(self._error, StalewiseError):
@@ -84,23 +117,22 @@ class Sender:
             ) from self._error
 
     def _run(self) -> None:
-        while True:
-            frame, ready = self._queue.get()
+        while (item := self._queue.get()) is not None:
             try:
                 if self._error is None:
-                    self._send(frame, ready)
+                    self._send(*item)
             except BaseException as error:
                 self._error = error
             finally:
-                del frame, ready
+                del item
                 self._queue.task_done()
 
-    def _send(self, frame: Frame, ready: torch.cuda.Event | None) -> None:
+    def _send(self, message: list[Tensor], ready: torch.cuda.Event | None) -> None:
         end = self._endpoint
         with torch.cuda.stream(self._stream):
             if self._stream is not None and ready is not None:
                 self._stream.wait_event(ready)
-            for data in self._encoder.encode(frame):
+            for data in message:
                 if data.device.type != "cpu" and end.payload_group is not None:
                     dist.send(data, end.rank, group=end.payload_group)
                 else:
@@ -115,14 +147,16 @@ class Receiver:
     Args:
         endpoint: the peer.
         timeout_s: how long `get` waits for a frame.
+        limit: frames that may wait; the peer's later ones stay with the peer. 0: no limit.
     """
 
-    def __init__(self, endpoint: Endpoint, *, timeout_s: float) -> None:
+    def __init__(self, endpoint: Endpoint, *, timeout_s: float, limit: int = 0) -> None:
         self._endpoint = endpoint
         self._timeout_s = timeout_s
         host_or_device = endpoint.device if endpoint.payload_group is not None else torch.device("cpu")
         self._decoder = Decoder(endpoint.plan, self._fill, host_or_device, f"{endpoint.what}s from {endpoint.name}")
-        self._queue: queue.Queue[tuple[Frame, torch.cuda.Event | None] | BaseException] = queue.Queue()
+        self._queue: queue.Queue[tuple[Frame, torch.cuda.Event | None] | BaseException] = queue.Queue(limit)
+        self._cause: WorkerError | None = None
         self._stream = _side_stream(endpoint.device)
         self._thread: threading.Thread | None = None
         self._head: Frame | None = None
@@ -140,14 +174,16 @@ class Receiver:
         self._thread = threading.Thread(target=self._run, name=f"receive {self._endpoint.what}", daemon=True)
         self._thread.start()
 
-    def join(self, timeout_s: float) -> None:
-        """Wait for the END of the session."""
+    def join(self, timeout_s: float | None = None) -> None:
+        """Wait for the END of the session, `timeout_s` or as long as for a frame."""
         if self._thread is not None:
-            self._thread.join(timeout_s)
+            self._thread.join(self._timeout_s if timeout_s is None else timeout_s)
 
     def wake(self, error: WorkerError) -> None:
-        """Make a waiting `get` raise."""
-        self._queue.put(error)
+        """Make a waiting `get`, and every later one, raise."""
+        self._cause = error
+        with suppress(queue.Full):
+            self._queue.put_nowait(error)
 
     def __len__(self) -> int:
         """Frames that wait in the queue."""
@@ -181,6 +217,8 @@ class Receiver:
 
     def _take(self, batch: int) -> Frame:
         end = self._endpoint
+        if self._cause is not None:
+            raise self._cause
         try:
             item = self._queue.get(timeout=self._timeout_s)
         except queue.Empty:
@@ -189,13 +227,13 @@ class Receiver:
                 f"got no {end.what} of batch {batch} from {end.name} in {self._timeout_s} s; {last}. Look at the log "
                 f"of rank {end.rank} first; raise recv_timeout_s only if a step really takes that long."
             ) from None
-        if isinstance(item, StalewiseError):
-            raise item
-        if isinstance(item, BaseException):
+        if isinstance(item, ConnectionError):
             raise PeerLost(
                 f"{end.name} is gone: its connection closed while an {end.what} of batch {batch} was due "
                 f"({item}). It was killed or it crashed; look at the log of rank {end.rank} first."
             ) from item
+        if isinstance(item, BaseException):
+            raise item
         frame, ready = item
         if ready is not None:
             stream = torch.cuda.current_stream(end.device)
@@ -225,10 +263,13 @@ class Receiver:
 
     def _fill(self, data: Tensor) -> None:
         end = self._endpoint
-        if data.device.type != "cpu":
-            dist.recv(data, end.rank, group=end.payload_group)
-        else:
-            dist.recv(data, end.rank, group=end.group, tag=end.tag)
+        try:
+            if data.device.type != "cpu":
+                dist.recv(data, end.rank, group=end.payload_group)
+            else:
+                dist.recv(data, end.rank, group=end.group, tag=end.tag)
+        except RuntimeError as error:
+            raise ConnectionError(str(error)) from error
 
 
 def _side_stream(device: torch.device) -> torch.cuda.Stream | None:
