@@ -147,10 +147,9 @@ class Pipeline:
         """Of this rank's stage, now (sequential: of the first stage that has an optimizer)."""
         return None if self._engine is None else self._engine.learning_rate
 
-    @property
     def traces(self) -> list[Trace]:
-        """What each stage of this process did, and when."""
-        return [] if self._engine is None else self._engine.traces
+        """What each stage did, and when, on the clock of rank 0; on every rank."""
+        return [] if self._engine is None else self._engine.traces()
 
     def statuses(self) -> list[dict[str, Any]]:
         """How each stage is doing: JSON values, updated about twice a second; for displays."""
@@ -294,6 +293,7 @@ class Pipeline:
                 loss_fn=self._loss_fn,
                 clip_grad_norm=self._clip_grad_norm,
                 param_groups=self._param_groups,
+                program=self._program.stages[index],
             )
             for index in stages
         ]

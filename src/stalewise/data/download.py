@@ -77,12 +77,16 @@ class _Bar:
 @contextlib.contextmanager
 def _quiet(logger: logging.Logger) -> Iterator[None]:
     """Keep pooch's notices off the terminal: the bar says the same."""
-    level = logger.level
-    logger.setLevel(logging.WARNING)
+    # A filter, not a level: a logger that was not made by `getLogger`, as pooch's, caches which levels it passes.
+    logger.addFilter(_is_warning)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        logger.removeFilter(_is_warning)
+
+
+def _is_warning(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.WARNING
 
 
 def fetch(url: str, *, md5: str, folder: Path) -> Path:

@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from stalewise.engine.stage import LossFunction, Stage
 from stalewise.errors import ConfigError
+from stalewise.protocol.program import NO_PROGRAM, StageProgram
 
 __all__ = ["ParameterOptions", "assemble_stage"]
 
@@ -31,6 +32,7 @@ def assemble_stage(
     loss_fn: LossFunction,
     clip_grad_norm: float | None,
     param_groups: ParameterOptions | None,
+    program: StageProgram = NO_PROGRAM,
 ) -> Stage:
     """Move the layers to their device and give them their optimizer and scheduler; see `Pipeline` for the arguments.
 
@@ -61,6 +63,7 @@ def assemble_stage(
         lr_scheduler=scheduler,
         loss_fn=loss_fn,
         clip_grad_norm=clip_grad_norm,
+        program=program,
     )
 
 

@@ -42,7 +42,8 @@ class Engine(abc.ABC):
 
     def __init__(self, program: Program) -> None:
         self.program = program
-        self._depth = program.max_lag
+        self._loss_lag = program.loss_lag
+        self._drain_steps = program.drain_steps
         self._step = 0
         self._first_batch = 0
         self._leaving = False
@@ -52,7 +53,7 @@ class Engine(abc.ABC):
     @property
     def batches_in_flight(self) -> int:
         """Batches forwarded by the first stage that not every stage has backwarded."""
-        return min(self._step, self._depth)
+        return min(self._step, self._drain_steps)
 
     @property
     def num_batches(self) -> int:
@@ -97,7 +98,7 @@ class Engine(abc.ABC):
             self._step += 1
         if self._close():
             num_batches = self._step
-            for step in range(num_batches, num_batches + self._depth if num_batches else 0):
+            for step in range(num_batches, num_batches + self._drain_steps if num_batches else 0):
                 yield self._complete_step(step, num_batches)
             self._first_batch += num_batches
             self._step = 0
@@ -109,7 +110,7 @@ class Engine(abc.ABC):
         except BaseException:
             self._failed = True
             raise
-        return self._losses_until(self._first_batch + step - self._depth)
+        return self._losses_until(self._first_batch + step - self._loss_lag)
 
     def _check_usable(self) -> None:
         if self._failed:
@@ -171,10 +172,9 @@ class Engine(abc.ABC):
     def learning_rate(self) -> float | None:
         """Of the first stage that this engine holds and that has an optimizer."""
 
-    @property
     @abc.abstractmethod
     def traces(self) -> list[Trace]:
-        """The records of the stages that this engine holds."""
+        """The records of all stages."""
 
     @abc.abstractmethod
     def statuses(self) -> list[dict[str, Any]]:

@@ -17,10 +17,13 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from stalewise.engine.messages import Activation, Gradient
 from stalewise.engine.stage import Stage
+from stalewise.engine.tree import flatten, unflatten
+from stalewise.errors import ConfigError
 from stalewise.protocol.actions import COMPUTE, Action, Kind
 from stalewise.protocol.program import StageProgram
 from stalewise.protocol.trace import Trace
@@ -45,6 +48,18 @@ class Links(Protocol):
 
     def send_gradient(self, batch: int, gradient: Gradient) -> None:
         """Hand a gradient to the stage before; does not wait for it."""
+
+    def receive_loss(self, batch: int) -> Tensor:
+        """The loss of this batch, from the stage after, where no gradient carries it."""
+
+    def send_loss(self, batch: int, loss: Tensor) -> None:
+        """Hand a loss to the stage before; does not wait for it."""
+
+    def receive_token(self, batch: int) -> None:
+        """Wait until the last stage has forwarded this batch (first stage)."""
+
+    def send_token(self, batch: int) -> None:
+        """Tell the first stage that this batch was forwarded (last stage)."""
 
 
 Unit = tuple[int, int | None]
@@ -84,6 +99,10 @@ class Interpreter:
         self._outbox: dict[Unit, Activation] = {}
         self._gradients: dict[Unit, Gradient] = {}
         self._input_gradients: dict[Unit, Gradient] = {}
+        self._to_predict: dict[int, Activation] = {}
+        self._partial_losses: dict[int, Tensor] = {}
+        self._losses_to_send: dict[int, Tensor] = {}
+        self._tells_losses = any(slot.kind is Kind.SEND_LOSS for slot in program.slots)
         self.batch = -1
         self.action: Kind | None = None
         self.time_ns = dict.fromkeys(Kind, 0)
@@ -134,12 +153,16 @@ class Interpreter:
         batch = unit[0]
         match kind:
             case Kind.LOAD:
-                self._inbox[unit] = self._links.load(batch)
+                for part in split_batch(self._links.load(batch), self.program.policy.micro_batches):
+                    self._inbox[batch, part.micro_batch] = part
             case Kind.RECEIVE_ACTIVATION:
                 self._inbox[unit] = self._links.receive_activation(batch)
             case Kind.FORWARD:
                 keep_graph = not self.program.recomputes
-                self._outbox[unit] = self.stage.forward(self._inbox.pop(unit), *unit, keep_graph=keep_graph)
+                output = self.stage.forward(self._inbox.pop(unit), *unit, keep_graph=keep_graph)
+                self._outbox[unit] = output
+                if self.stage.synthesizer is not None:
+                    self._to_predict[batch] = output
             case Kind.SEND_ACTIVATION:
                 self._links.send_activation(batch, self._outbox.pop(unit))
             case Kind.RECOMPUTE:
@@ -150,15 +173,73 @@ class Interpreter:
                 self._backward(unit)
             case Kind.SEND_GRADIENT:
                 self._links.send_gradient(batch, self._input_gradients.pop(unit))
+            case Kind.SYNTHESIZE:
+                predicted = self.stage.synthesize(self._to_predict.pop(batch), batch)
+                self._gradients[unit] = Gradient(predicted, None)
+            case Kind.TRAIN_SYNTHESIZER:
+                self.stage.train_synthesizer(self._gradients.pop(unit).values, batch)
+            case Kind.SEND_LOSS:
+                self._links.send_loss(batch, self._losses_to_send.pop(batch))
+            case Kind.RECEIVE_LOSS:
+                self._add_loss(batch, self._links.receive_loss(batch))
+            case Kind.SEND_TOKEN:
+                self._links.send_token(batch)
+            case Kind.RECEIVE_TOKEN:
+                self._links.receive_token(batch)
 
     def _backward(self, unit: Unit) -> None:
+        batch, micro_batch = unit
         if self.stage.is_last:
-            loss = self._outbox.pop(unit).values[0]
+            output = self._outbox.pop(unit)
+            loss: Tensor | None = output.values[0] if output.share == 1 else output.values[0] * output.share
             gradients = self.stage.backward(None, *unit)
         else:
             received = self._gradients.pop(unit)
             loss = received.loss
             gradients = self.stage.backward(received.values, *unit)
-        self._losses.append((unit[0], loss))
         if not self.stage.is_first:
-            self._input_gradients[unit] = Gradient(gradients, loss)
+            self._input_gradients[unit] = Gradient(gradients, None if self._tells_losses else loss, micro_batch)
+        if loss is not None:
+            partial = self._partial_losses.pop(batch, None)
+            loss = loss if partial is None else partial + loss
+            if micro_batch in (None, self.program.policy.micro_batches - 1):
+                self._add_loss(batch, loss)
+            else:
+                self._partial_losses[batch] = loss
+
+    def _add_loss(self, batch: int, loss: Tensor) -> None:
+        self._losses.append((batch, loss))
+        if self._tells_losses:
+            self._losses_to_send[batch] = loss
+
+
+def split_batch(activation: Activation, parts: int) -> list[Activation]:
+    """A batch as micro-batches, whose sizes differ by at most 1; the batch itself where `parts` is 1.
+
+    Raises:
+        ConfigError: where the batch has fewer samples than parts, or tensors of different lengths.
+    """
+    if parts == 1:
+        return [activation]
+    targets, target_structure = flatten(activation.target)
+    leaves = [*activation.values, *targets]
+    lengths = {leaf.shape[0] if leaf.ndim else 0 for leaf in leaves}
+    if len(lengths) != 1 or min(lengths) < parts:
+        raise ConfigError(
+            f"a batch whose tensors have {sorted(lengths)} samples cannot be split into {parts} micro-batches; "
+            "each needs at least one sample of every tensor. Use fewer micro-batches, or leave out a smaller last "
+            "batch (drop_last)."
+        )
+    (samples,) = lengths
+    pieces = [torch.tensor_split(leaf, parts) for leaf in leaves]
+    count = len(activation.values)
+    return [
+        Activation(
+            values=[piece[index] for piece in pieces[:count]],
+            structure=activation.structure,
+            target=unflatten(target_structure, [piece[index] for piece in pieces[count:]]),
+            micro_batch=index,
+            share=pieces[0][index].shape[0] / samples,
+        )
+        for index in range(parts)
+    ]

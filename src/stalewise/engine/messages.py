@@ -17,6 +17,9 @@ class Activation(NamedTuple):
     values: list[Tensor]
     structure: Structure
     target: Tree
+    micro_batch: int | None = None
+    share: float = 1.0
+    """Of the batch's samples that this micro-batch holds: the weight of its loss."""
 
 
 class Gradient(NamedTuple):
@@ -26,4 +29,5 @@ class Gradient(NamedTuple):
     """
 
     values: list[Tensor | None]
-    loss: Tensor
+    loss: Tensor | None
+    micro_batch: int | None = None

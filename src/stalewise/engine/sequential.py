@@ -59,6 +59,11 @@ class SequentialEngine(Engine):
             for stage, stage_program, links in zip(stages, program.stages, self._links, strict=True)
         ]
 
+    @property
+    def first_links(self) -> _LocalLinks:
+        """Of stage 0."""
+        return self._links[0]
+
     def next_batch(self) -> Activation:
         """The batch that the data loader gave for this round."""
         return self._feed.take()
@@ -77,7 +82,7 @@ class SequentialEngine(Engine):
         pass
 
     def _execute_step(self, step: int, num_batches: int | None) -> None:
-        streams = [deque(stage.step(step, num_batches)) for stage in self.program.stages]
+        streams = [deque(stage.step(step, num_batches, first_batch=self._first_batch)) for stage in self.program.stages]
         while any(streams):
             progress = False
             for interpreter, links, stream in zip(self._interpreters, self._links, streams, strict=True):
@@ -128,7 +133,6 @@ class SequentialEngine(Engine):
     def learning_rate(self) -> float | None:
         return next((stage.learning_rate for stage in self.stages if stage.learning_rate is not None), None)
 
-    @property
     def traces(self) -> list[Trace]:
         return [interpreter.trace for interpreter in self._interpreters]
 
@@ -142,12 +146,18 @@ class _LocalLinks:
         self._engine = engine
         self._activations: deque[tuple[int, Activation]] = deque()
         self._gradients: deque[tuple[int, Gradient]] = deque()
+        self._losses: deque[tuple[int, Tensor]] = deque()
+        self._tokens: deque[tuple[int, None]] = deque()
 
     def has_what_it_needs(self, action: Action) -> bool:
         if action.kind is Kind.RECEIVE_ACTIVATION:
             return bool(self._activations)
         if action.kind is Kind.RECEIVE_GRADIENT:
             return bool(self._gradients)
+        if action.kind is Kind.RECEIVE_LOSS:
+            return bool(self._losses)
+        if action.kind is Kind.RECEIVE_TOKEN:
+            return bool(self._tokens)
         return True
 
     def load(self, batch: int) -> Activation:
@@ -167,8 +177,21 @@ class _LocalLinks:
         assert self.before is not None, "the first stage sends no gradient (V1)"
         self.before._gradients.append((batch, gradient))
 
+    def receive_loss(self, batch: int) -> Tensor:
+        return _expect(batch, *self._losses.popleft())
 
-Message = TypeVar("Message", Activation, Gradient)
+    def send_loss(self, batch: int, loss: Tensor) -> None:
+        assert self.before is not None, "the first stage sends no loss (V1)"
+        self.before._losses.append((batch, loss))
+
+    def receive_token(self, batch: int) -> None:
+        _expect(batch, *self._tokens.popleft())
+
+    def send_token(self, batch: int) -> None:
+        self._engine.first_links._tokens.append((batch, None))
+
+
+Message = TypeVar("Message")
 
 
 def _expect(batch: int, arrived: int, message: Message) -> Message:

@@ -6,6 +6,9 @@ What a stage keeps per batch between its passes:
     recompute  ->  graph: input leaves and outputs   (forward itself where no recompute follows)
     backward   ->  nothing
 
+A graph that is kept over an update names its weights (`saved_weights`), so that the backward can use those of its
+forward or those of the moment, whatever the optimizer did in between.
+
 Random layers, buffers and layers that work in place follow dsp.md, section 3: see `randomness`, `buffers` and
 `_Isolation`.
 """
@@ -13,7 +16,7 @@ Random layers, buffers and layers that work in place follow dsp.md, section 3: s
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -25,8 +28,11 @@ from stalewise.engine.buffers import BufferGuard
 from stalewise.engine.layout import dense
 from stalewise.engine.messages import Activation
 from stalewise.engine.randomness import random_stream, stream_seed
+from stalewise.engine.saved_weights import DiscrepancyCorrection, SavedWeights
+from stalewise.engine.synthesizer import Synthesizer
 from stalewise.engine.tree import Structure, Tree, flatten, unflatten
 from stalewise.errors import ConfigError
+from stalewise.protocol.program import NO_PROGRAM, StageProgram
 
 __all__ = ["LossFunction", "Metric", "Stage"]
 
@@ -45,12 +51,14 @@ class _StoredInput:
     values: list[Tensor]
     structure: Structure
     target: Tree
+    share: float
 
 
 @dataclass(frozen=True, slots=True)
 class _Graph:
     inputs: list[Tensor]
     outputs: list[Tensor]
+    share: float
 
 
 class Stage:
@@ -66,6 +74,7 @@ class Stage:
         lr_scheduler: stepped once per update, or None.
         loss_fn: used on the last stage only.
         clip_grad_norm: largest norm of this stage's gradient (each stage for itself), or None.
+        program: of the stage; says what becomes of graphs, weights and gradients.
     """
 
     def __init__(
@@ -80,6 +89,7 @@ class Stage:
         lr_scheduler: LRScheduler | None,
         loss_fn: LossFunction,
         clip_grad_norm: float | None = None,
+        program: StageProgram = NO_PROGRAM,
     ) -> None:
         self.module = module
         self.index = index
@@ -98,6 +108,13 @@ class Stage:
         self._isolation = _Isolation(index)
         self._stored: dict[Unit, _StoredInput] = {}
         self._graphs: dict[Unit, _Graph] = {}
+        self._policy = program.policy
+        self._staleness = program.backward_lag
+        self._gradients_added = 0
+        self._saved_weights = _saved_weights(list(module.parameters()), program)
+        self.synthesizer: Synthesizer | None = None
+        if program.policy.synthesizer is not None:
+            self.synthesizer = Synthesizer(program.policy.synthesizer, seed=stream_seed(seed, index, -1), device=device)
 
     def forward(
         self, activation: Activation, batch: int, micro_batch: int | None = None, *, keep_graph: bool
@@ -115,10 +132,12 @@ class Stage:
             The output (detached), or on the last stage the loss as the only value.
         """
         unit = (batch, micro_batch)
-        self._stored[unit] = stored = _StoredInput(*activation)
+        self._stored[unit] = stored = _StoredInput(
+            activation.values, activation.structure, activation.target, activation.share
+        )
         self.peak_stored_inputs = max(self.peak_stored_inputs, len({number for number, _ in self._stored}))
         values, structure = self._pass(stored, unit, with_graph=keep_graph)
-        return Activation([self._sendable(value) for value in values], structure, activation.target)
+        return activation._replace(values=[self._sendable(value) for value in values], structure=structure)
 
     def recompute(self, batch: int, micro_batch: int | None = None) -> None:
         """Forward a stored input again, with the weights of now, and keep the graph."""
@@ -138,7 +157,7 @@ class Stage:
         """
         graph = self._graphs.pop((batch, micro_batch))
         del self._stored[batch, micro_batch]
-        received = [None] * len(graph.outputs) if gradients is None else gradients
+        received = self._loss_gradient(graph) if gradients is None else gradients
         roots = [
             (output, gradient)
             for output, gradient in zip(graph.outputs, received, strict=True)
@@ -146,25 +165,53 @@ class Stage:
         ]
         if roots:
             torch.autograd.backward([root for root, _ in roots], [gradient for _, gradient in roots])
-        return [None if leaf.grad is None else dense(leaf.grad) for leaf in graph.inputs]
+        if self._saved_weights is not None:
+            self._saved_weights.release((batch, micro_batch))
+        self._gradients_added += int(micro_batch in (None, self._policy.micro_batches - 1))
+        return [None if leaf.grad is None else self._passed_on(leaf.grad) for leaf in graph.inputs]
 
     def update(self) -> None:
-        """Update the weights with the accumulated gradients, and step the LR scheduler."""
+        """Update the weights with the mean of the accumulated gradients, and step the LR scheduler."""
+        added, self._gradients_added = self._gradients_added, 0
         self.num_updates += 1
         if self.optimizer is None:
             return
+        if added > 1:
+            for parameter in self._trainable:
+                if parameter.grad is not None:
+                    parameter.grad.div_(added)
         if self._clip_grad_norm is not None:
             nn.utils.clip_grad_norm_(self._trainable, self._clip_grad_norm)
-        self.optimizer.step()
+        if self._saved_weights is not None:
+            self._saved_weights.before_update()
+        with self._delayed_learning_rate(self.optimizer):
+            self.optimizer.step()
+        if self._saved_weights is not None:
+            self._saved_weights.after_update()
         self.optimizer.zero_grad(set_to_none=True)
         if self.lr_scheduler is not None:
             self.lr_scheduler.step()
+
+    def synthesize(self, output: Activation, batch: int) -> list[Tensor | None]:
+        """Predict the gradient of an output (one tensor) before the stage after has computed it."""
+        assert self.synthesizer is not None, "only programs with S actions need a synthesizer"
+        if len(output.values) != 1:
+            raise ConfigError(
+                f"dni predicts the gradient of one tensor, and stage {self.index} gives {len(output.values)}; cut the "
+                "model where a single tensor crosses."
+            )
+        return [self.synthesizer.predict(output.values[0], batch)]
+
+    def train_synthesizer(self, gradients: Sequence[Tensor | None], batch: int) -> None:
+        """Train the predictor with the gradient that the stage after computed."""
+        assert self.synthesizer is not None, "only programs with T actions need a synthesizer"
+        self.synthesizer.train(gradients[0], batch)
 
     def infer(self, activation: Activation, batch: int) -> Activation:
         """Forward without a graph and without keeping anything, in the mode the modules are in."""
         with random_stream(stream_seed(self._seed, self.index, batch), self.device), torch.no_grad():
             values, structure = flatten(self.module(unflatten(activation.structure, activation.values)))
-        return Activation([self._sendable(value) for value in values], structure, activation.target)
+        return activation._replace(values=[self._sendable(value) for value in values], structure=structure)
 
     @contextmanager
     def evaluation_mode(self) -> Iterator[None]:
@@ -185,8 +232,8 @@ class Stage:
     def _pass(self, stored: _StoredInput, unit: Unit, *, with_graph: bool) -> tuple[list[Tensor], Structure]:
         """One pass over the layers, from the stream of its own; keeps the graph if it builds one."""
         stream = stream_seed(self._seed, self.index, *unit)
-        buffers = nullcontext() if with_graph else self._buffer_guard.unchanged()
-        with random_stream(stream, self.device), buffers, torch.set_grad_enabled(with_graph):
+        context = self._building_graph(unit) if with_graph else self._buffer_guard.unchanged()
+        with random_stream(stream, self.device), context, torch.set_grad_enabled(with_graph):
             leaves, inputs = self._isolation.inputs(stored.values, with_graph=with_graph)
             output = self.module(unflatten(stored.structure, inputs))
             if self.is_last:
@@ -194,8 +241,35 @@ class Stage:
             values, structure = flatten(output)
         self._isolation.check(inputs, unit[0])
         if with_graph:
-            self._graphs[unit] = _Graph(leaves, values)
+            self._graphs[unit] = _Graph(leaves, values, stored.share)
         return values, structure
+
+    def _building_graph(self, unit: Unit) -> AbstractContextManager[object]:
+        return nullcontext() if self._saved_weights is None else self._saved_weights.recording(unit)
+
+    def _loss_gradient(self, graph: _Graph) -> list[Tensor | None]:
+        """Of the batch's loss with respect to this part's: its share of the samples."""
+        return [None if graph.share == 1 else torch.full_like(output, graph.share) for output in graph.outputs]
+
+    def _passed_on(self, gradient: Tensor) -> Tensor:
+        scale = self._policy.gradient_scale
+        return dense(gradient if scale == 1 else gradient * scale)
+
+    @contextmanager
+    def _delayed_learning_rate(self, optimizer: Optimizer) -> Iterator[None]:
+        """PipeMare's T1: a learning rate divided by a power of the delay, which anneals to 0 over the first updates."""
+        correction = self._policy.correction
+        update = self.num_updates - 1
+        if correction is None or update >= correction.annealing_updates or self._staleness == 0:
+            yield
+            return
+        power = 1 - update / correction.annealing_updates
+        scheduled = [group["lr"] for group in optimizer.param_groups]
+        for group, lr in zip(optimizer.param_groups, scheduled, strict=True):
+            group["lr"] = lr / (self._staleness + 1) ** power
+        yield
+        for group, lr in zip(optimizer.param_groups, scheduled, strict=True):
+            group["lr"] = lr
 
     def _checked_loss(self, loss: Tensor) -> Tensor:
         if not isinstance(loss, Tensor) or loss.numel() != 1:
@@ -204,7 +278,7 @@ class Stage:
                 f"loss_fn returned {got}; it must return the batch's loss as one number in a tensor. "
                 "Reduce it, for example with .mean()."
             )
-        if not loss.requires_grad and (self._trainable or self.index > 0):
+        if torch.is_grad_enabled() and not loss.requires_grad and (self._trainable or self.index > 0):
             raise ConfigError(
                 "loss_fn returned a tensor that does not require grad; nothing could be trained. Compute the loss "
                 "from the output with differentiable operations, without .detach(), .item() or torch.no_grad()."
@@ -217,6 +291,18 @@ class Stage:
         storage = value.untyped_storage().data_ptr()
         own = (*self.module.parameters(), *self.module.buffers())
         return value.clone() if any(storage == tensor.untyped_storage().data_ptr() for tensor in own) else value
+
+
+def _saved_weights(parameters: list[nn.Parameter], program: StageProgram) -> SavedWeights | None:
+    """What names the weights in graphs that live over an update; None where no graph does."""
+    if not program.stores_graphs_over_updates:
+        return None
+    policy, correction = program.policy, None
+    if policy.correction is not None and policy.correction.discrepancy_decay is not None:
+        correction = DiscrepancyCorrection(
+            parameters, staleness=program.backward_lag, decay=policy.correction.discrepancy_decay
+        )
+    return SavedWeights(parameters, policy.weights, correction)
 
 
 class _Isolation:

@@ -45,7 +45,10 @@ def describe_environment(command: str, devices: list[str], threads: int) -> dict
 
 def typed_command() -> str:
     """The command of this process, as a person would type it."""
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    program = Path(sys.argv[0])
+    if program.name == "__main__.py":
+        return shlex.join(["python", "-m", program.parent.name, *sys.argv[1:]])
+    return shlex.join([program.name, *sys.argv[1:]])
 
 
 def processor_name() -> str:

@@ -24,11 +24,15 @@ from stalewise.experiments.optimizers import optimizer_recipe, schedule_recipe
 from stalewise.experiments.run_writer import RunWriter, write_json, write_timeline
 from stalewise.models import build_model
 from stalewise.pipeline import Pipeline
+from stalewise.protocol.actions import Kind
 from stalewise.report import Timeline, write_chrome_trace, write_report
 from stalewise.runtime.job import in_launched_job
 from stalewise.runtime.launch import launch
 
 __all__ = ["accuracy", "run", "train_worker"]
+
+MAX_TRACE_RECORDS = 500_000
+"""Actions in `trace.json`, about 160 bytes each; of a longer run it holds so many from the middle."""
 
 
 def accuracy(output: Tensor, target: Tensor) -> Tensor:
@@ -234,12 +238,16 @@ def _evaluates_after(config: TrainConfig, epoch: int) -> bool:
 
 
 def _finish(path: Path, pipeline: Pipeline, display: Display | None) -> None:
-    """Every rank leaves its timeline, then rank 0 the model and what is made for people."""
-    write_timeline(path, pipeline.traces)
-    state = pipeline.state_dict()
+    """Rank 0 leaves the model, the timeline of all ranks, and what is made for people."""
+    traces, state = pipeline.traces(), pipeline.state_dict()
     if display is None:
         return
+    write_timeline(path, traces)
     save_file({name: value.contiguous() for name, value in state.items()}, path / "model.safetensors")
-    write_chrome_trace(Timeline.load(path), path / "trace.json")
+    timeline = Timeline.from_traces(traces)
+    records = sum(map(len, traces))
+    steps = sum(span.kind is Kind.UPDATE for span in traces[0])
+    window = timeline.window(steps * MAX_TRACE_RECORDS // records) if records > MAX_TRACE_RECORDS else None
+    write_chrome_trace(timeline, path / "trace.json", window=window)
     write_report(path)
     display.finished(path)

@@ -11,8 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from stalewise.errors import ConfigError
-from stalewise.methods.method import Method, backward_slots, forward_slots
+from stalewise.methods.method import Method, check_stages, staircase, stale_slots
+from stalewise.protocol.policy import StagePolicy
 from stalewise.protocol.program import StageProgram
 from stalewise.protocol.staleness import Staleness
 
@@ -25,23 +25,29 @@ class BP(Method):
 
     Args:
         stages: K >= 1.
+        accumulate: batches per update.
+
+    Raises:
+        ConfigError: where a number is out of its range.
     """
 
     name: ClassVar[str] = "bp"
 
     stages: int
+    accumulate: int = 1
 
     def __post_init__(self) -> None:
-        if isinstance(self.stages, bool) or not isinstance(self.stages, int) or self.stages < 1:
-            raise ConfigError(f"stages is {self.stages!r}; a pipeline has at least 1 stage.")
+        check_stages(self.stages)
+        self._policy()
 
     @property
     def staleness(self) -> Staleness:
         """0 everywhere."""
-        return Staleness((0,) * self.stages)
+        return staircase(self.stages, 0)
 
     def stage_program(self, stage: int) -> StageProgram:
         """The local step of stage `stage`."""
-        return StageProgram(
-            forward_slots(stage, self.stages) + backward_slots(stage, self.stages, lag=0, recompute=False)
-        )
+        return StageProgram(stale_slots(stage, self.stages, lag=0, recompute=False), self._policy())
+
+    def _policy(self) -> StagePolicy:
+        return StagePolicy(accumulate=self.accumulate)

@@ -7,6 +7,13 @@ Local step n of stage k (dsp.md, section 3), with j = n - m_k:
 Forward and recompute use the weights of the moment; there is one copy of them. A stage with m_k = 0 has the graph
 of its forward still at hand and does not recompute: with m = (0, .., 0) this is plain backpropagation.
 
+Variants (ours, beyond the paper), on any staleness:
+
+    activations="stored"   F keeps the graph and R falls away: a quarter of the work saved, m_k + 1 graphs held.
+      weights="stashed"    B differentiates exactly what F computed; the weights of up to m_k versions are kept.
+      weights="current"    B puts today's weights into yesterday's graph; one copy of the weights.
+    accumulate=M           one U per M batches, with the mean of their gradients.
+
 Source: Xu, Huo, Huang, On the Acceleration of Deep Learning Model Parallelism with Staleness, CVPR 2020,
 arXiv:1909.02625 [S for the ideas, D for the order of the actions].
 """
@@ -18,7 +25,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from stalewise.errors import ConfigError
-from stalewise.methods.method import Method, backward_slots, forward_slots
+from stalewise.methods.method import Activations, Method, check_activations, stale_slots
+from stalewise.protocol.policy import BackwardWeights, StagePolicy
 from stalewise.protocol.program import StageProgram
 from stalewise.protocol.staleness import LinkState, Staleness, whole_numbers
 
@@ -34,6 +42,9 @@ class DSP(Method):
         queue: p_k, slack of the activation link k -> k+1 in batches. It labels how the slack of a link is split
             between its two directions; no engine blocks on it and no number depends on it. None: half of each
             link's slack, rounded up.
+        activations: "recompute" (the paper's) or "stored".
+        weights: which the backward of a stored graph uses, "stashed" or "current"; None: "stashed".
+        accumulate: batches per update.
 
     Raises:
         ConfigError: where the two break the rules m_{K-1} = p_{K-1} = 0, m_k >= m_{k+1}, q_{k+1} >= 0.
@@ -42,27 +53,61 @@ class DSP(Method):
     name: ClassVar[str] = "dsp"
 
     queue: tuple[int, ...]
+    activations: Activations
+    weights: BackwardWeights | None
+    accumulate: int
     _staleness: Staleness
 
-    def __init__(self, *, staleness: Sequence[int], queue: Sequence[int] | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        staleness: Sequence[int],
+        queue: Sequence[int] | None = None,
+        activations: Activations = "recompute",
+        weights: BackwardWeights | None = None,
+        accumulate: int = 1,
+    ) -> None:
         depths = staleness if isinstance(staleness, Staleness) else Staleness(staleness)
         if queue is None:
             queue = tuple((slack + 1) // 2 for slack in depths.slack)
         object.__setattr__(self, "_staleness", depths)
         object.__setattr__(self, "queue", _checked_queue(queue, depths))
+        check_activations(activations)
+        if weights is not None and activations == "recompute":
+            raise ConfigError(
+                f'weights is {weights!r} with activations="recompute"; a recompute always uses the current weights. '
+                'Leave weights out, or give activations="stored".'
+            )
+        object.__setattr__(self, "activations", activations)
+        object.__setattr__(self, "weights", weights or ("stashed" if activations == "stored" else None))
+        object.__setattr__(self, "accumulate", accumulate)
+        self._policy()
 
     @classmethod
-    def minimal(cls, num_stages: int) -> DSP:
+    def minimal(
+        cls,
+        num_stages: int,
+        *,
+        activations: Activations = "recompute",
+        weights: BackwardWeights | None = None,
+        accumulate: int = 1,
+    ) -> DSP:
         """The least staleness that decouples every stage: p_k = 1, m_k = 2(K-1-k) [D].
 
         Args:
             num_stages: K >= 1.
+            activations: see the class.
+            weights: see the class.
+            accumulate: see the class.
         """
         if isinstance(num_stages, bool) or not isinstance(num_stages, int) or num_stages < 1:
             raise ConfigError(f"num_stages is {num_stages!r}; a pipeline has at least 1 stage.")
         return cls(
             queue=(*[1] * (num_stages - 1), 0),
             staleness=[2 * (num_stages - 1 - stage) for stage in range(num_stages)],
+            activations=activations,
+            weights=weights,
+            accumulate=accumulate,
         )
 
     @property
@@ -88,12 +133,16 @@ class DSP(Method):
     def stage_program(self, stage: int) -> StageProgram:
         """The local step of stage `stage`."""
         lag = self._staleness[stage]
-        return StageProgram(
-            forward_slots(stage, self.num_stages) + backward_slots(stage, self.num_stages, lag=lag, recompute=lag > 0)
-        )
+        recompute = lag > 0 and self.activations == "recompute"
+        return StageProgram(stale_slots(stage, self.num_stages, lag=lag, recompute=recompute), self._policy())
 
     def __repr__(self) -> str:
-        return f"DSP(queue={self.queue}, staleness={self._staleness.values})"
+        variants = "" if self.activations == "recompute" else f", activations='stored', weights={self.weights!r}"
+        variants += "" if self.accumulate == 1 else f", accumulate={self.accumulate}"
+        return f"DSP(queue={self.queue}, staleness={self._staleness.values}{variants})"
+
+    def _policy(self) -> StagePolicy:
+        return StagePolicy(weights=self.weights or "stashed", accumulate=self.accumulate)
 
 
 def _checked_queue(queue: Sequence[int], staleness: Staleness) -> tuple[int, ...]:

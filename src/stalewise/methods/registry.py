@@ -1,50 +1,84 @@
-"""From the name of a method and what a user gave of its depths to the method."""
+"""From the name of a method, and what a user gave of its options, to the method.
+
+An option is a field of the method's class, so a new method or option needs nothing here but its name.
+"""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from stalewise.errors import ConfigError
 from stalewise.methods.bp import BP
+from stalewise.methods.ddg import DDG
+from stalewise.methods.dni import DNI
 from stalewise.methods.dsp import DSP
+from stalewise.methods.fdg import FDG
+from stalewise.methods.features_replay import FeaturesReplay
+from stalewise.methods.gpipe import GPipe
 from stalewise.methods.method import Method
+from stalewise.methods.one_f_one_b import OneFOneB
+from stalewise.methods.pipedream import PipeDream
+from stalewise.methods.pipemare import PipeMare
 
-__all__ = ["METHOD_NAMES", "build_method"]
+__all__ = ["METHOD_NAMES", "build_method", "method_options"]
 
-METHOD_NAMES = ("dsp", "bp")
+_CLASSES: dict[str, type[Method]] = {
+    kind.name: kind for kind in (DSP, BP, GPipe, OneFOneB, DNI, DDG, FeaturesReplay, PipeDream, PipeMare, FDG)
+}
+_VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {"dsp-stored": ("dsp", {"activations": "stored"})}
+
+METHOD_NAMES = (*_CLASSES, *_VARIANTS)
 
 
-def build_method(
-    name: str,
-    *,
-    num_stages: int,
-    staleness: Sequence[int] | None = None,
-    queue: Sequence[int] | None = None,
-) -> Method:
+def method_options(name: str) -> tuple[str, ...]:
+    """The options that a method takes, beside the number of stages."""
+    kind, _ = _lookup(name)
+    return tuple(option for option in inspect.signature(kind).parameters if option != "stages")
+
+
+def build_method(name: str, *, num_stages: int, **options: Any) -> Method:
     """The method of that name.
 
     Args:
         name: one of `METHOD_NAMES`.
         num_stages: K.
-        staleness: m_k of DSP; None: minimal.
-        queue: p_k of DSP; None: half of each link's slack, rounded up.
+        options: of the method; those that are None are left to it. DSP without staleness is minimal.
 
     Raises:
         ConfigError: where the name is unknown, or an option does not fit.
     """
-    if name not in METHOD_NAMES:
-        nearest = difflib.get_close_matches(name, METHOD_NAMES, n=1)
-        repair = f" Did you mean {nearest[0]!r}?" if nearest else ""
-        raise ConfigError(f"there is no method {name!r}; there are {', '.join(METHOD_NAMES)}.{repair}")
-    for option, values in (("staleness", staleness), ("queue", queue)):
-        if values is not None and name != "dsp":
-            raise ConfigError(f"{option} is an option of dsp; the staleness of {name} is fixed. Leave it out.")
+    kind, preset = _lookup(name)
+    given = {option: value for option, value in options.items() if value is not None}
+    known = method_options(name)
+    for option in given:
+        if option not in known:
+            takes = f"it takes {', '.join(known)}" if known else "it takes none"
+            raise ConfigError(f"{option} is not an option of {name}; {takes}. Leave {option} out.")
+    given = {**preset, **given}
+    if kind is DSP:
+        return _build_dsp(num_stages, given)
+    build: Callable[..., Method] = kind
+    return build(num_stages, **given)
+
+
+def _build_dsp(num_stages: int, options: Mapping[str, Any]) -> DSP:
+    for option in ("staleness", "queue"):
+        values = options.get(option)
         if values is not None and len(values) != num_stages:
             raise ConfigError(
                 f"{option} {tuple(values)} has {len(values)} entries for {num_stages} stages; give one per stage, or "
                 f"use --stages {len(values)}."
             )
-    if name == "bp":
-        return BP(num_stages)
-    return DSP(staleness=DSP.minimal(num_stages).staleness if staleness is None else staleness, queue=queue)
+    return DSP(**{"staleness": DSP.minimal(num_stages).staleness, **options})
+
+
+def _lookup(name: str) -> tuple[type[Method], dict[str, Any]]:
+    base, preset = _VARIANTS.get(name, (name, {}))
+    if base not in _CLASSES:
+        nearest = difflib.get_close_matches(name, METHOD_NAMES, n=1)
+        repair = f" Did you mean {nearest[0]!r}?" if nearest else ""
+        raise ConfigError(f"there is no method {name!r}; there are {', '.join(METHOD_NAMES)}.{repair}")
+    return _CLASSES[base], preset

@@ -153,9 +153,7 @@ class Partition:
                 ]
             )
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join(
-            "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows
-        )
+        return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
 
     def as_dict(self) -> dict[str, Any]:
         """The plan as JSON: `cuts`, `layers` with their stage, and `stages` with `layers` as [start, end).
@@ -231,9 +229,7 @@ def partition(layers: Sequence[LayerCost], *, recompute: Sequence[bool]) -> Part
     return Partition(layers=tuple(layers), cuts=best_cuts(forward_s, backward_s, flags), recompute=flags)
 
 
-def fixed_partition(
-    layers: Sequence[LayerCost], cuts: Sequence[int], *, recompute: Sequence[bool]
-) -> Partition:
+def fixed_partition(layers: Sequence[LayerCost], cuts: Sequence[int], *, recompute: Sequence[bool]) -> Partition:
     """The partition with these cuts, whatever it costs; times may be unknown.
 
     Args:
@@ -303,9 +299,7 @@ def _check_room(num_layers: int, num_stages: int) -> None:
     if num_layers < 1:
         raise PlanError("the model has no layers; each stage needs at least one. Give a model with layers.")
     if num_stages < 1:
-        raise PlanError(
-            f"{num_stages} stages were asked for; a model runs on at least one. Use --stages 1 or more."
-        )
+        raise PlanError(f"{num_stages} stages were asked for; a model runs on at least one. Use --stages 1 or more.")
     if num_layers < num_stages:
         plural, fewer = ("", "") if num_layers == 1 else ("s", " or fewer")
         raise PlanError(

@@ -165,8 +165,7 @@ class _Bench:
             elif self.loss_fn is not None:
                 repair = "The loss is part of this pass: check loss_fn and the targets too."
             raise PlanError(
-                f"{self.place} failed in its {phase} on {self.device}: {type(error).__name__}: {error}\n"
-                f"{rule} {repair}"
+                f"{self.place} failed in its {phase} on {self.device}: {type(error).__name__}: {error}\n{rule} {repair}"
             ) from error
 
 
@@ -250,8 +249,7 @@ def _check_arguments(
         raise PlanError("there are no layers to profile; a model has at least one. Give its layers in order.")
     if len(names) != len(layers):
         raise PlanError(
-            f"{len(names)} names were given for {len(layers)} layers; each layer has one. "
-            f"Give {len(layers)} names."
+            f"{len(names)} names were given for {len(layers)} layers; each layer has one. Give {len(layers)} names."
         )
     if device.type not in ("cpu", "cuda"):
         raise PlanError(f"device is {device}; layers can be timed on cpu and cuda devices. Use one of them.")

@@ -36,9 +36,7 @@ _NEVER = 1 << 61
 """The score of a span that is empty or too slow. Two of them, added, still fit 64 bits."""
 
 
-def best_cuts(
-    forward: Sequence[float], backward: Sequence[float], recompute: Sequence[bool]
-) -> tuple[int, ...]:
+def best_cuts(forward: Sequence[float], backward: Sequence[float], recompute: Sequence[bool]) -> tuple[int, ...]:
     """Cuts that minimise the slowest stage, then the sum of squared stage costs, then the cuts themselves.
 
     Takes O(K L^2) time and O(L^2) memory for L layers and K stages. Exact to one part in 10^9: a stage that

@@ -10,6 +10,15 @@
     SEND_G3   send the gradient of its input to the stage before
     U         update the weights with the gradients accumulated since the last update
 
+Some methods need more:
+
+    S7        predict (synthesize) the gradient of the output for batch 7
+    T7        train the predictor with the gradient that came for batch 7
+    SEND_T7   tell the first stage that batch 7 was forwarded (last stage), and
+    RECV_T7   wait for it: the forward dependency of Features Replay and DDG
+    SEND_L7   tell the loss of batch 7 to the stage before, where no gradient message carries it, and
+    RECV_L7   take it from the stage after
+
 A micro-batch is written after a point: `F7.1` is micro-batch 1 of batch 7.
 """
 
@@ -36,9 +45,15 @@ class Kind(enum.Enum):
     BACKWARD = "B"
     SEND_GRADIENT = "SEND_G"
     UPDATE = "U"
+    SYNTHESIZE = "S"
+    TRAIN_SYNTHESIZER = "T"
+    SEND_TOKEN = "SEND_T"
+    RECEIVE_TOKEN = "RECV_T"
+    SEND_LOSS = "SEND_L"
+    RECEIVE_LOSS = "RECV_L"
 
 
-COMPUTE = frozenset({Kind.FORWARD, Kind.RECOMPUTE, Kind.BACKWARD, Kind.UPDATE})
+COMPUTE = frozenset({Kind.FORWARD, Kind.RECOMPUTE, Kind.BACKWARD, Kind.UPDATE, Kind.SYNTHESIZE, Kind.TRAIN_SYNTHESIZER})
 """The kinds that keep the stage's device busy; the others move data."""
 
 _KINDS = {kind.value: kind for kind in Kind}

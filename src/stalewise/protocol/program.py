@@ -18,10 +18,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from stalewise.errors import ProgramError
-from stalewise.protocol.actions import Action, Kind
+from stalewise.protocol.actions import COMPUTE, Action, Kind
+from stalewise.protocol.policy import PLAIN, StagePolicy
 from stalewise.protocol.staleness import Staleness
 
-__all__ = ["Program", "Slot", "StageProgram"]
+__all__ = ["NO_PROGRAM", "Program", "Slot", "StageProgram"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +46,11 @@ class StageProgram:
 
     Args:
         slots: in the order in which they are executed.
+        policy: what they do it with.
     """
 
     slots: tuple[Slot, ...]
+    policy: StagePolicy = PLAIN
 
     @property
     def max_lag(self) -> int:
@@ -59,23 +62,59 @@ class StageProgram:
         """Whether a forward keeps no graph, because a recompute builds it."""
         return any(slot.kind is Kind.RECOMPUTE for slot in self.slots)
 
-    def step(self, index: int, num_batches: int | None = None) -> Iterator[Action]:
+    @property
+    def backward_lag(self) -> int:
+        """Steps between a batch's forward and its backward: m_k; 0 for a program without backwards."""
+        return max((slot.lag for slot in self.slots if slot.kind is Kind.BACKWARD), default=0)
+
+    @property
+    def stores_graphs_over_updates(self) -> bool:
+        """Whether weights change while a graph that was built with them waits for its backward."""
+        return self.backward_lag > 0 and not self.recomputes
+
+    @property
+    def drain_steps(self) -> int:
+        """Steps after the last batch until nothing is left to do."""
+        return max(self.max_lag, int(self.policy.accumulate > 1))
+
+    def step(self, index: int, num_batches: int | None = None, *, first_batch: int = 0) -> Iterator[Action]:
         """The actions of local step `index`, in order.
 
         Args:
             index: local step, from 0.
             num_batches: batches that exist; None while no end is in sight.
+            first_batch: global index of batch 0, by which batches are grouped where gradients accumulate.
         """
         for slot in self.slots:
             batch = index - slot.lag
-            if batch < 0 or (num_batches is not None and batch >= num_batches):
-                continue
-            yield Action(slot.kind, None if slot.kind is Kind.UPDATE else batch, slot.micro_batch)
+            if slot.kind is Kind.UPDATE and self.policy.accumulate > 1:
+                if self._updates_after(batch, index, num_batches, first_batch):
+                    yield Action(Kind.UPDATE)
+            elif batch >= 0 and (num_batches is None or batch < num_batches):
+                yield Action(slot.kind, None if slot.kind is Kind.UPDATE else batch, slot.micro_batch)
+
+    def _updates_after(self, batch: int, index: int, num_batches: int | None, first_batch: int) -> bool:
+        """Whether a group of batches is complete with this one, or a drain flushes the remainder.
+
+        That a batch is the last is known one step after it was loaded, so a stage without lag flushes in the step
+        after its last backward.
+        """
+        group = self.policy.accumulate
+        if num_batches is not None and (first_batch + num_batches) % group:
+            lag = index - batch
+            if num_batches and index == max(num_batches - 1 + lag, num_batches):
+                return True
+        exists = batch >= 0 and (num_batches is None or batch < num_batches)
+        return exists and (first_batch + batch + 1) % group == 0
 
     def actions(self, num_batches: int) -> Iterator[Action]:
         """All actions of a run of `num_batches` batches that ends with a drain."""
-        for index in range(num_batches + self.max_lag if num_batches else 0):
+        for index in range(num_batches + self.drain_steps if num_batches else 0):
             yield from self.step(index, num_batches)
+
+
+NO_PROGRAM = StageProgram(())
+"""Of a stage that is asked to do things one by one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +141,17 @@ class Program:
         """Steps after which every stage is in its period."""
         return max(stage.max_lag for stage in self.stages)
 
+    @property
+    def drain_steps(self) -> int:
+        """Steps of a drain: after them every stage is done."""
+        return max(stage.drain_steps for stage in self.stages)
+
+    @property
+    def loss_lag(self) -> int:
+        """Steps after which the loss of a batch is known on every stage."""
+        kinds = (Kind.BACKWARD, Kind.RECEIVE_LOSS)
+        return max(max(slot.lag for slot in stage.slots if slot.kind in kinds) for stage in self.stages)
+
     def grid(self, num_steps: int, *, num_batches: int | None = None, links: bool = False) -> str:
         """The program as text, a line a stage and a column a local step.
 
@@ -110,21 +160,10 @@ class Program:
             num_batches: batches after which the stages drain; None for a run without end.
             links: also show what is received and sent.
         """
-        hidden = (
-            ()
-            if links
-            else (
-                Kind.LOAD,
-                Kind.RECEIVE_ACTIVATION,
-                Kind.SEND_ACTIVATION,
-                Kind.RECEIVE_GRADIENT,
-                Kind.SEND_GRADIENT,
-            )
-        )
         rows = [["step", *map(str, range(num_steps))]]
         for index, stage in enumerate(self.stages):
             cells = (
-                " ".join(str(action) for action in stage.step(step, num_batches) if action.kind not in hidden)
+                " ".join(str(action) for action in stage.step(step, num_batches) if links or action.kind in COMPUTE)
                 for step in range(num_steps)
             )
             rows.append([f"stage {index}", *(cell or "-" for cell in cells)])

@@ -8,7 +8,7 @@ RECV record; compute kinds (`COMPUTE` in `protocol.actions`) keep the stage busy
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from stalewise.protocol.actions import Action, Kind
@@ -17,6 +17,8 @@ __all__ = ["KIND_CODES", "Span", "Trace"]
 
 KIND_CODES: tuple[Kind, ...] = tuple(Kind)
 """The kind of each code in the `kind` column: the order of `Kind`."""
+
+COLUMNS = ("kind", "batch", "start_ns", "end_ns")
 
 _CODE_OF = {kind: code for code, kind in enumerate(KIND_CODES)}
 
@@ -59,7 +61,14 @@ class Trace:
 
     def columns(self) -> dict[str, array[int]]:
         """`kind` (a code), `batch`, `start_ns` and `end_ns`, equally long."""
-        return {"kind": self._kind, "batch": self._batch, "start_ns": self._start, "end_ns": self._end}
+        return dict(zip(COLUMNS, (self._kind, self._batch, self._start, self._end), strict=True))
+
+    @classmethod
+    def from_columns(cls, stage: int, columns: Mapping[str, Iterable[int]]) -> Trace:
+        """The trace that has these `columns()`."""
+        trace = cls(stage)
+        trace._kind, trace._batch, trace._start, trace._end = (array("q", columns[name]) for name in COLUMNS)
+        return trace
 
     def __len__(self) -> int:
         return len(self._kind)

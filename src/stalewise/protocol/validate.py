@@ -7,7 +7,8 @@
     V5  realised staleness = declared: when B j runs, the newest forwarded batch is j + m_k, less only in the drain
     V6  every message is received once, in the order in which it was sent
     V7  a stage holds at most m_k + 1 stored inputs
-    V8  a link holds at most m_k + 1 batches in warm-up and d_k + 1 after it, whoever runs ahead
+    V8  a link holds at most m_k + 1 batches in warm-up and d_k + 1 after it, whoever runs ahead (where gradients are
+        predicted: their delay and the difference of the delays, plus 1)
     V9  no deadlock: some stage can always go on until all are done
     V10 every backward is followed by an update, and nothing is left at the end: no input, graph, message or gradient
 
@@ -24,7 +25,7 @@ from dataclasses import dataclass, field
 
 from stalewise.errors import ProgramError
 from stalewise.protocol.actions import Action, Kind
-from stalewise.protocol.program import Program
+from stalewise.protocol.program import Program, StageProgram
 
 __all__ = ["check", "violations"]
 
@@ -49,7 +50,11 @@ def violations(program: Program, *, num_batches: int | None = None) -> list[str]
         program: what to check.
         num_batches: None for enough to see prologue, three periods and epilogue.
     """
-    batches = 2 * program.max_lag + 4 if num_batches is None else num_batches
+    batches = (
+        2 * program.max_lag + 4 + max(stage.policy.accumulate for stage in program.stages)
+        if num_batches is None
+        else num_batches
+    )
     streams = [list(stage.actions(batches)) for stage in program.stages]
     return run_streams(program, streams, batches)
 
@@ -72,6 +77,8 @@ class _StageState:
     outputs: set[Unit] = field(default_factory=set)
     gradients: set[Unit] = field(default_factory=set)
     input_gradients: set[Unit] = field(default_factory=set)
+    losses: set[Unit] = field(default_factory=set)
+    predicted: set[Unit] = field(default_factory=set)
     pending_update: bool = False
 
 
@@ -86,6 +93,11 @@ class _DryRun:
         self.stages = [_StageState() for _ in streams]
         self.activations: list[deque[Unit]] = [deque() for _ in streams]
         self.gradients: list[deque[Unit]] = [deque() for _ in streams]
+        self.losses: list[deque[Unit]] = [deque() for _ in streams]
+        self.tokens: deque[Unit] = deque()
+        self.gradient_lag = [_lag(stage, Kind.RECEIVE_GRADIENT) for stage in program.stages]
+        self.sending_lag = [_lag(stage, Kind.SEND_GRADIENT) for stage in program.stages]
+        self.predicts = [any(slot.kind is Kind.SYNTHESIZE for slot in stage.slots) for stage in program.stages]
 
     def run(self, *, upstream_first: bool) -> Iterator[str]:
         order = range(self.last + 1) if upstream_first else range(self.last, -1, -1)
@@ -110,7 +122,9 @@ class _DryRun:
             return bool(self.activations[stage])
         if kind is Kind.RECEIVE_GRADIENT and stage < self.last:
             return bool(self.gradients[stage])
-        return True
+        if kind is Kind.RECEIVE_LOSS and stage < self.last:
+            return bool(self.losses[stage])
+        return kind is not Kind.RECEIVE_TOKEN or bool(self.tokens)
 
     def _execute(self, stage: int, action: Action) -> Iterable[tuple[str, str]]:
         state = self.stages[stage]
@@ -119,7 +133,8 @@ class _DryRun:
             case Kind.LOAD:
                 if stage != 0:
                     yield "V1", "only stage 0 loads."
-                state.received.add(unit)
+                parts = self.program.stages[stage].policy.micro_batches
+                state.received.update((unit[0], part) for part in (range(parts) if parts > 1 else (None,)))
             case Kind.RECEIVE_ACTIVATION:
                 if stage == 0:
                     yield "V1", "stage 0 has no stage before it."
@@ -153,6 +168,36 @@ class _DryRun:
                     return
                 yield from _remove("V4", state.input_gradients, unit, "has no gradient to send")
                 self.gradients[stage - 1].append(unit)
+            case Kind.SYNTHESIZE:
+                if unit not in state.forwarded:
+                    yield "V4", "has no output to predict a gradient for."
+                state.gradients.add(unit)
+                state.predicted.add(unit)
+            case Kind.TRAIN_SYNTHESIZER:
+                yield from _remove("V4", state.gradients, unit, "has no gradient to train with")
+                yield from _remove("V4", state.predicted, unit, "was not predicted")
+            case Kind.SEND_LOSS:
+                if stage == 0:
+                    yield "V1", "stage 0 has nobody to tell a loss."
+                    return
+                yield from _remove("V4", state.losses, unit, "has no loss to tell")
+                self.losses[stage - 1].append(unit)
+            case Kind.RECEIVE_LOSS:
+                if stage == self.last:
+                    yield "V1", "the last stage computes the loss."
+                else:
+                    yield from self._take(self.losses[stage], unit)
+                if stage > 0:
+                    state.losses.add(unit)
+            case Kind.SEND_TOKEN:
+                if stage != self.last or unit not in state.forwarded:
+                    yield "V1", "only the last stage tells that it has forwarded a batch, and only then."
+                self.tokens.append(unit)
+            case Kind.RECEIVE_TOKEN:
+                if stage != 0:
+                    yield "V1", "only stage 0 waits for a forward of the last stage."
+                if self.tokens:
+                    yield from self._take(self.tokens, unit)
             case Kind.UPDATE:
                 if not state.pending_update:
                     yield "V10", "there is no gradient to update with."
@@ -187,6 +232,8 @@ class _DryRun:
             )
         if stage > 0:
             state.input_gradients.add(unit)
+        if stage == self.last and self.predicts[stage - 1]:
+            state.losses.add(unit)
         state.pending_update = True
 
     def _take(self, link: deque[Unit], unit: Unit) -> Iterable[tuple[str, str]]:
@@ -196,10 +243,11 @@ class _DryRun:
 
     def _link_bound(self, stage: int) -> Iterable[tuple[str, str]]:
         here, after = self.stages[stage], self.stages[stage + 1]
-        held = len({batch for batch, _ in self.activations[stage + 1]})
-        held += len({batch for batch, _ in here.gradients} | {batch for batch, _ in self.gradients[stage]})
+        in_it = (*self.activations[stage + 1], *self.gradients[stage], *here.gradients)
+        held = len({batch for batch, _ in in_it})
         warm = bool(after.backwarded)
-        slack, depth = self.program.staleness.slack[stage], self.program.staleness[stage]
+        depth = self.gradient_lag[stage]
+        slack = depth - self.sending_lag[stage + 1]
         bound = (slack if warm else depth) + 1
         if held > bound:
             yield "V8", f"link {stage} -> {stage + 1} holds {held} batches; at most {bound} may be in it."
@@ -218,12 +266,19 @@ class _DryRun:
                 "graphs": state.graphs,
                 "gradients": state.gradients or state.input_gradients or self.gradients[stage],
                 "activations": state.outputs or self.activations[stage],
+                "losses": state.losses or self.losses[stage],
+                "predictions": state.predicted,
+                "tokens": self.tokens if stage == 0 else (),
             }
             for name, units in left.items():
                 if units:
                     yield f"V10: stage {stage} ends with {name} of batches {sorted(batch for batch, _ in units)}."
             if state.pending_update:
                 yield f"V10: stage {stage} ends with gradients that no update used."
+
+
+def _lag(stage: StageProgram, kind: Kind) -> int:
+    return max((slot.lag for slot in stage.slots if slot.kind is kind), default=0)
 
 
 def _remove(rule: str, units: set[Unit], unit: Unit, text: str) -> Iterable[tuple[str, str]]:

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -297,9 +298,21 @@ class DistributedEngine(Engine):
     def learning_rate(self) -> float | None:
         return self.stage.learning_rate
 
-    @property
     def traces(self) -> list[Trace]:
-        return [self._interpreter.trace]
+        own = {name: torch.tensor(values) for name, values in self._interpreter.trace.columns().items()}
+        with self._failures_reported():
+            return [
+                Trace.from_columns(
+                    rank,
+                    {
+                        name: values.tolist()
+                        for name, values in broadcast_tensors(
+                            own if rank == self._job.rank else None, rank, self._job.group
+                        ).items()
+                    },
+                )
+                for rank in range(self._job.world_size)
+            ]
 
     # -- failures ------------------------------------------------------------------------------------------------
 
