@@ -36,7 +36,8 @@ from stalewise.engine.state import (
 )
 from stalewise.engine.tree import flatten, unflatten
 from stalewise.errors import ConfigError, PeerLost, StalewiseError, TransportError
-from stalewise.protocol.program import Program
+from stalewise.protocol.actions import Kind
+from stalewise.protocol.program import Program, StageProgram
 from stalewise.protocol.trace import Trace
 from stalewise.runtime.exchange import broadcast_json, broadcast_tensors
 from stalewise.runtime.job import Job
@@ -85,12 +86,14 @@ class DistributedEngine(Engine):
         self._job = job
         groups = payload_groups or {}
 
+        tags = {"activation": 1, "gradient": 2, "token": 3}
+
         def endpoint(peer: int, what: str, direction: tuple[int, int]) -> Endpoint:
             return Endpoint(
                 rank=peer,
                 name=str(job.members[peer]),
                 what=what,
-                tag=2 * len(job.closers) + (1 if what == "activation" else 2),
+                tag=len(tags) * len(job.closers) + tags[what],
                 plan=plan,
                 device=stage.device,
                 group=job.group,
@@ -100,11 +103,17 @@ class DistributedEngine(Engine):
         rank, last = job.rank, job.world_size - 1
         self._activations_in = self._gradients_in = None
         self._activations_out = self._gradients_out = None
+        self._tokens_in = self._tokens_out = None
+        if any(slot.kind is Kind.SEND_TOKEN for slot in program.stages[last].slots):
+            if rank == 0:
+                self._tokens_in = Receiver(endpoint(last, "token", (last, 0)), timeout_s=recv_timeout_s)
+            elif rank == last:
+                self._tokens_out = Sender(endpoint(0, "token", (last, 0)), timeout_s=recv_timeout_s)
         if rank > 0:
             self._activations_in = Receiver(
                 endpoint(rank - 1, "activation", (rank - 1, rank)),
                 timeout_s=recv_timeout_s,
-                limit=program.staleness[rank - 1] + 2,  # in training never reached: m + 1 activations and an END
+                limit=_most_activations(program.stages[rank - 1]),
             )
             self._gradients_out = Sender(endpoint(rank - 1, "gradient", (rank, rank - 1)), timeout_s=recv_timeout_s)
         if rank < last:
@@ -155,8 +164,9 @@ class DistributedEngine(Engine):
 
     def _finish(self) -> None:
         with self._failures_reported("end of a session"):
-            if self._gradients_out is not None:
-                self._gradients_out.put(Frame(MessageKind.END, self.num_batches, []))
+            for sender in (self._gradients_out, self._tokens_out):
+                if sender is not None:
+                    sender.put(Frame(MessageKind.END, self.num_batches, []))
             for sender in self._senders:
                 sender.flush()
             if not self.batches_in_flight:
@@ -166,7 +176,7 @@ class DistributedEngine(Engine):
 
     def _execute_step(self, step: int, num_batches: int | None) -> None:
         with self._failures_reported():
-            for action in self.program.stages[self._job.rank].step(step, num_batches):
+            for action in self.program.stages[self._job.rank].step(step, num_batches, first_batch=self._first_batch):
                 self._interpreter.execute(action, self._first_batch)
 
     def _losses_until(self, batch: int) -> list[Tensor]:
@@ -189,18 +199,36 @@ class DistributedEngine(Engine):
         self._activations_out.put(_frame(batch, activation))
 
     def receive_gradient(self, batch: int) -> Gradient:
-        """From the rank below; ENDs of earlier sessions lie between gradients that stayed in flight."""
-        assert self._gradients_in is not None
-        while self._gradients_in.peek(batch).kind is MessageKind.END:
-            self._gradients_in.skip()
-        *values, loss = self._gradients_in.get(batch).leaves
-        assert loss is not None
-        return Gradient(values, loss)
+        """From the rank below."""
+        frame = _in_flight(self._gradients_in, MessageKind.GRADIENT, batch)
+        *values, loss = frame.leaves
+        return Gradient(values, loss, frame.micro_batch)
 
     def send_gradient(self, batch: int, gradient: Gradient) -> None:
         """To the rank above."""
         assert self._gradients_out is not None
-        self._gradients_out.put(Frame(MessageKind.GRADIENT, batch, [*gradient.values, gradient.loss]))
+        leaves = [*gradient.values, gradient.loss]
+        self._gradients_out.put(Frame(MessageKind.GRADIENT, batch, leaves, micro_batch=gradient.micro_batch))
+
+    def receive_loss(self, batch: int) -> Tensor:
+        """From the rank below."""
+        (loss,) = _in_flight(self._gradients_in, MessageKind.LOSS, batch).leaves
+        assert loss is not None
+        return loss
+
+    def send_loss(self, batch: int, loss: Tensor) -> None:
+        """To the rank above."""
+        assert self._gradients_out is not None
+        self._gradients_out.put(Frame(MessageKind.LOSS, batch, [loss]))
+
+    def receive_token(self, batch: int) -> None:
+        """From the last rank."""
+        _in_flight(self._tokens_in, MessageKind.TOKEN, batch)
+
+    def send_token(self, batch: int) -> None:
+        """To rank 0."""
+        assert self._tokens_out is not None
+        self._tokens_out.put(Frame(MessageKind.TOKEN, batch, []))
 
     # -- evaluation and state ------------------------------------------------------------------------------------
 
@@ -352,17 +380,26 @@ class DistributedEngine(Engine):
 
     @property
     def _receivers(self) -> list[Receiver]:
-        return [receiver for receiver in (self._activations_in, self._gradients_in) if receiver is not None]
+        receivers = (self._activations_in, self._gradients_in, self._tokens_in)
+        return [receiver for receiver in receivers if receiver is not None]
 
     @property
     def _senders(self) -> list[Sender]:
-        return [sender for sender in (self._activations_out, self._gradients_out) if sender is not None]
+        senders = (self._activations_out, self._gradients_out, self._tokens_out)
+        return [sender for sender in senders if sender is not None]
 
 
 def _frame(batch: int, activation: Activation) -> Frame:
     targets, target_structure = flatten(activation.target)
     structure = [len(activation.values), activation.structure, target_structure]
-    return Frame(MessageKind.ACTIVATION, batch, [*activation.values, *targets], structure)
+    return Frame(
+        MessageKind.ACTIVATION,
+        batch,
+        [*activation.values, *targets],
+        structure,
+        micro_batch=activation.micro_batch,
+        share=activation.share,
+    )
 
 
 def _activation(frame: Frame) -> Activation:
@@ -370,12 +407,33 @@ def _activation(frame: Frame) -> Activation:
     try:
         count, structure, target_structure = frame.structure
         unflatten(structure, leaves[:count])
-        return Activation(leaves[:count], structure, unflatten(target_structure, leaves[count:]))
+        target = unflatten(target_structure, leaves[count:])
+        return Activation(leaves[:count], structure, target, frame.micro_batch, frame.share)
     except (TypeError, ValueError, RuntimeError, StopIteration) as error:
         raise TransportError(
             f"the activation of batch {frame.batch} came as {len(leaves)} tensors that do not fit the structure "
             f"{frame.structure!r}."
         ) from error
+
+
+def _in_flight(receiver: Receiver | None, kind: MessageKind, batch: int) -> Frame:
+    """The message of a batch; ENDs of earlier sessions lie between messages that stayed in flight."""
+    assert receiver is not None
+    while receiver.peek(batch).kind is MessageKind.END:
+        receiver.skip()
+    frame = receiver.get(batch)
+    if frame.kind is not kind:
+        raise TransportError(
+            f"a {frame.kind.name.lower()} of batch {batch} came where its {kind.name.lower()} is due; start all ranks "
+            "with the same method."
+        )
+    return frame
+
+
+def _most_activations(sender: StageProgram) -> int:
+    """Activations of a stage that can wait at the next one in training, and an END."""
+    ahead = max((slot.lag for slot in sender.slots if slot.kind is Kind.RECEIVE_GRADIENT), default=0)
+    return (ahead + 1) * sender.policy.micro_batches + 1
 
 
 def _see_last_messages(receivers: Sequence[Receiver]) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import queue
 import threading
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -33,7 +33,7 @@ class Endpoint:
     Args:
         rank: of the peer.
         name: of the peer in errors, such as "stage 1 (rank 1, host b, pid 7)".
-        what: travels here: "activation" or "gradient".
+        what: travels here: "activation", "gradient" or "token".
         tag: tells this direction of this pipeline from all others.
         plan: hash of the job's plan.
         device: of this rank's stage.
@@ -259,7 +259,7 @@ class Receiver:
     def _on_device(self, frame: Frame) -> Frame:
         device = self._endpoint.device
         leaves = [None if leaf is None else leaf.to(device, non_blocking=True) for leaf in frame.leaves]
-        return Frame(frame.kind, frame.batch, leaves, frame.structure, frame.flags)
+        return replace(frame, leaves=leaves)
 
     def _fill(self, data: Tensor) -> None:
         end = self._endpoint

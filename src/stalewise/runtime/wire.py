@@ -2,7 +2,8 @@
 
     page = prefix (40 bytes), then room for 7 leaves (136 bytes each), padded to 1020, CRC-32 of all that
 
-    prefix   magic "SWIS" | version u16 | kind u8 | flags u8 | batch i64 | plan u64 | structure u32 | leaves u16 | ..
+    prefix   magic "SWIS" | version u16 | kind u8 | flags u8 | batch i64 | plan u64 | structure u32 | leaves u16
+             micro-batch i16 (-1: none) | share of the batch f64
     leaf     dtype u8 | place u8 | ndim u16 | .. | shape 8 x i64 | strides 8 x i64
 
 A message of more than 7 leaves has more pages, each with the same prefix. `plan` is a hash of the job's plan: a peer
@@ -39,7 +40,7 @@ MAX_SCHEMA_BYTES = 1 << 20
 MAX_LEAVES = 4096
 MAX_LEAF_BYTES = 1 << 34
 
-_PREFIX = struct.Struct("<4sHBBqQIH10x")
+_PREFIX = struct.Struct("<4sHBBqQIHhd")
 _LEAF = struct.Struct(f"<BBH4x{MAX_DIMENSIONS}q{MAX_DIMENSIONS}q")
 _CHECKSUM = struct.Struct("<I")
 LEAVES_PER_PAGE = (PAGE_BYTES - _PREFIX.size - _CHECKSUM.size) // _LEAF.size
@@ -76,6 +77,8 @@ class MessageKind(enum.IntEnum):
     ACTIVATION = 2
     GRADIENT = 3
     END = 4
+    LOSS = 5
+    TOKEN = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +91,8 @@ class Frame:
         leaves: its tensors; None where a leaf is absent.
         structure: of the leaves as a tree; None where the kind needs none.
         flags: of an END: how the sender goes on.
+        micro_batch: index within the batch, or None.
+        share: of the batch's samples that it holds.
     """
 
     kind: MessageKind
@@ -95,6 +100,8 @@ class Frame:
     leaves: list[Tensor | None]
     structure: Structure = None
     flags: int = 0
+    micro_batch: int | None = None
+    share: float = 1.0
 
 
 class Encoder:
@@ -144,6 +151,8 @@ class Encoder:
             self._plan,
             self._structure_index,
             len(leaves),
+            -1 if frame.micro_batch is None else frame.micro_batch,
+            frame.share,
         )
         for start in range(0, max(len(leaves), 1), LEAVES_PER_PAGE):
             described = b"".join(_describe(leaf) for leaf in leaves[start : start + LEAVES_PER_PAGE])
@@ -192,7 +201,9 @@ class Decoder:
 
     def _message(self) -> tuple[Frame, int]:
         page = self._page()
-        magic, version, kind, flags, batch, plan, structure_index, num_leaves = _PREFIX.unpack_from(page)
+        magic, version, kind, flags, batch, plan, structure_index, num_leaves, micro_batch, share = _PREFIX.unpack_from(
+            page
+        )
         if magic != MAGIC:
             raise self._error("does not begin as a message of stalewise; another program sent it")
         if version != VERSION:
@@ -217,7 +228,16 @@ class Decoder:
         if kind == MessageKind.SCHEMA and not (num_leaves == 1 and _is_schema(records[0])):
             raise self._error("is a schema of a wrong size")
         leaves = [self._leaf(record) for record in records]
-        return Frame(MessageKind(kind), batch, leaves, self._structure, flags), structure_index
+        frame = Frame(
+            MessageKind(kind),
+            batch,
+            leaves,
+            self._structure,
+            flags,
+            micro_batch=None if micro_batch < 0 else micro_batch,
+            share=share,
+        )
+        return frame, structure_index
 
     def _page(self) -> bytes:
         page = torch.empty(PAGE_BYTES, dtype=torch.uint8)
