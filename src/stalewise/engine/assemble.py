@@ -50,6 +50,12 @@ def assemble_stage(
                 f"optimizer returned a {type(built).__name__}; it must return a torch optimizer, such as "
                 "torch.optim.SGD(params, lr=0.1)."
             )
+        foreign = {id(p) for group in built.param_groups for p in group["params"]} - set(map(id, trainable.values()))
+        if foreign:
+            raise ConfigError(
+                f"optimizer returned an optimizer of {len(foreign)} parameters that are not stage {index}'s; it must "
+                "use the params that it is called with, as in lambda params: torch.optim.SGD(params, lr=0.1)."
+            )
         scheduler = None if lr_scheduler is None else lr_scheduler(built)
         if scheduler is not None and not isinstance(scheduler, LRScheduler):
             raise ConfigError(f"lr_scheduler returned a {type(scheduler).__name__}; it must return a torch scheduler.")

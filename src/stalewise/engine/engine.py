@@ -44,8 +44,9 @@ class Engine(abc.ABC):
         self.program = program
         self._loss_lag = program.loss_lag
         self._drain_steps = program.drain_steps
-        self._step = 0
         self._first_batch = 0
+        self._entered = 0
+        self._steps = 0
         self._leaving = False
         self._running = False
         self._failed = False
@@ -53,12 +54,12 @@ class Engine(abc.ABC):
     @property
     def batches_in_flight(self) -> int:
         """Batches forwarded by the first stage that not every stage has backwarded."""
-        return min(self._step, self._drain_steps)
+        return self._entered - max(0, self._steps - self._drain_steps)
 
     @property
     def num_batches(self) -> int:
         """Batches that entered the pipeline so far, over all cycles: the next one's global index."""
-        return self._first_batch + self._step
+        return self._first_batch + self._entered
 
     def train(self, batches: Batches | None, *, drain: bool) -> Generator[Tensor, None, None]:
         """Train on `batches` and yield their losses; see `Pipeline.train`."""
@@ -94,22 +95,24 @@ class Engine(abc.ABC):
     def _run(self, batches: Batches | None, drain: bool) -> Iterator[list[Tensor]]:
         self._open(batches, drain)
         while self._another_batch():
-            yield self._complete_step(self._step, None)
-            self._step += 1
+            losses = self._complete_step(None)
+            self._entered += 1
+            yield losses
         if self._close():
-            num_batches = self._step
-            for step in range(num_batches, num_batches + self._drain_steps if num_batches else 0):
-                yield self._complete_step(step, num_batches)
-            self._first_batch += num_batches
-            self._step = 0
+            while self.batches_in_flight:
+                yield self._complete_step(self._entered)
+            self._first_batch += self._entered
+            self._entered = self._steps = 0
         self._finish()
 
-    def _complete_step(self, step: int, num_batches: int | None) -> list[Tensor]:
+    def _complete_step(self, num_batches: int | None) -> list[Tensor]:
+        step = self._steps
         try:
             self._execute_step(step, num_batches)
         except BaseException:
             self._failed = True
             raise
+        self._steps += 1
         return self._losses_until(self._first_batch + step - self._loss_lag)
 
     def _check_usable(self) -> None:

@@ -32,7 +32,13 @@ class Chain:
 
     def __init__(self, model: nn.Sequential | Sequence[LayerSource]) -> None:
         if isinstance(model, nn.Sequential):
-            named: list[tuple[str, LayerSource]] = list(model.named_children())
+            if type(model).forward is not nn.Sequential.forward:
+                raise ConfigError(
+                    f"model is a {type(model).__name__} with a forward of its own; only a chain that runs "
+                    "one layer after another can be cut between them. Write what its forward does as layers of an nn.Sequential."
+                )
+            names = [name for name, _ in model.named_modules(remove_duplicate=False) if name and "." not in name]
+            named: list[tuple[str, LayerSource]] = list(zip(names, model, strict=True))
         elif isinstance(model, nn.Module) or not isinstance(model, Sequence):
             raise ConfigError(
                 f"model is a {type(model).__name__}; it must be an nn.Sequential or a list of modules, one after "

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from stalewise.engine.buffers import BufferGuard
+from stalewise.engine.buffers import unchanged_buffers
 from stalewise.engine.layout import dense
 from stalewise.engine.messages import Activation
 from stalewise.engine.randomness import random_stream, stream_seed
@@ -104,8 +104,8 @@ class Stage:
         self._loss_fn = loss_fn
         self._clip_grad_norm = clip_grad_norm
         self._trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        self._buffer_guard = BufferGuard(module)
         self._isolation = _Isolation(index)
+        self._evaluation_isolation = _Isolation(index)
         self._stored: dict[Unit, _StoredInput] = {}
         self._graphs: dict[Unit, _Graph] = {}
         self._policy = program.policy
@@ -210,7 +210,9 @@ class Stage:
     def infer(self, activation: Activation, batch: int) -> Activation:
         """Forward without a graph and without keeping anything, in the mode the modules are in."""
         with random_stream(stream_seed(self._seed, self.index, batch), self.device), torch.no_grad():
-            values, structure = flatten(self.module(unflatten(activation.structure, activation.values)))
+            _, inputs = self._evaluation_isolation.inputs(activation.values, with_graph=False)
+            values, structure = flatten(self.module(unflatten(activation.structure, inputs)))
+        self._evaluation_isolation.check(inputs, batch)
         return activation._replace(values=[self._sendable(value) for value in values], structure=structure)
 
     @contextmanager
@@ -232,7 +234,7 @@ class Stage:
     def _pass(self, stored: _StoredInput, unit: Unit, *, with_graph: bool) -> tuple[list[Tensor], Structure]:
         """One pass over the layers, from the stream of its own; keeps the graph if it builds one."""
         stream = stream_seed(self._seed, self.index, *unit)
-        context = self._building_graph(unit) if with_graph else self._buffer_guard.unchanged()
+        context = self._building_graph(unit) if with_graph else unchanged_buffers(self.module)
         with random_stream(stream, self.device), context, torch.set_grad_enabled(with_graph):
             leaves, inputs = self._isolation.inputs(stored.values, with_graph=with_graph)
             output = self.module(unflatten(stored.structure, inputs))
@@ -305,6 +307,10 @@ def _saved_weights(parameters: list[nn.Parameter], program: StageProgram) -> Sav
     return SavedWeights(parameters, policy.weights, correction)
 
 
+def _has_gradient(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
 class _Isolation:
     """Gives layers their input so that the stored one stays as it is.
 
@@ -321,7 +327,7 @@ class _Isolation:
         """The leaves that collect gradients, and what the layers get."""
         leaves = list(stored)
         if with_graph:
-            leaves = [leaf.detach().requires_grad_(leaf.is_floating_point() and self._stage > 0) for leaf in stored]
+            leaves = [leaf.detach().requires_grad_(self._stage > 0 and _has_gradient(leaf)) for leaf in stored]
         given = leaves if self._copies is False else [leaf.clone() for leaf in leaves]
         self._versions = [value._version for value in given]
         return leaves, given

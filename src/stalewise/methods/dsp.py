@@ -155,7 +155,7 @@ def _checked_queue(queue: Sequence[int], staleness: Staleness) -> tuple[int, ...
     if checked[-1] != 0:
         raise ConfigError(
             f"queue {checked} ends with {checked[-1]}; the last stage sends no activation, so its queue is 0. "
-            f"Did you mean {(*checked[:-1], 0)}?"
+            f"Did you mean {tuple(map(min, checked, staleness.slack))}?"
         )
     for stage, (ahead, slack) in enumerate(zip(checked, staleness.slack, strict=True)):
         if ahead > slack:

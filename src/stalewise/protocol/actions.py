@@ -57,7 +57,8 @@ COMPUTE = frozenset({Kind.FORWARD, Kind.RECOMPUTE, Kind.BACKWARD, Kind.UPDATE, K
 """The kinds that keep the stage's device busy; the others move data."""
 
 _KINDS = {kind.value: kind for kind in Kind}
-_PATTERN = re.compile(r"([A-Z_]+?)(?:(\d+)(?:\.(\d+))?)?")
+_NUMBER = "(0|[1-9][0-9]{0,17})"
+_PATTERN = re.compile(rf"([A-Z_]+?)(?:{_NUMBER}(?:\.{_NUMBER})?)?")
 
 
 @dataclass(frozen=True, slots=True)

@@ -85,7 +85,7 @@ class Staleness(Sequence[int]):
         return iter(self.values)
 
     def __eq__(self, other: object) -> bool:
-        return tuple(other) == self.values if isinstance(other, Sequence) else NotImplemented
+        return tuple(other) == self.values if isinstance(other, tuple | Staleness) else NotImplemented
 
     def __hash__(self) -> int:
         return hash(self.values)

@@ -72,6 +72,7 @@ class _StageState:
     forwarded: list[Unit] = field(default_factory=list)
     backwarded: list[Unit] = field(default_factory=list)
     received: set[Unit] = field(default_factory=set)
+    last_received: Unit | None = None
     stored: set[Unit] = field(default_factory=set)
     graphs: set[Unit] = field(default_factory=set)
     outputs: set[Unit] = field(default_factory=set)
@@ -79,7 +80,7 @@ class _StageState:
     input_gradients: set[Unit] = field(default_factory=set)
     losses: set[Unit] = field(default_factory=set)
     predicted: set[Unit] = field(default_factory=set)
-    pending_update: bool = False
+    pending: set[int] = field(default_factory=set)
 
 
 class _DryRun:
@@ -134,13 +135,14 @@ class _DryRun:
                 if stage != 0:
                     yield "V1", "only stage 0 loads."
                 parts = self.program.stages[stage].policy.micro_batches
-                state.received.update((unit[0], part) for part in (range(parts) if parts > 1 else (None,)))
+                for part in range(parts) if parts > 1 else (None,):
+                    yield from _arrive(state, (unit[0], part))
             case Kind.RECEIVE_ACTIVATION:
                 if stage == 0:
                     yield "V1", "stage 0 has no stage before it."
                 else:
                     yield from self._take(self.activations[stage], unit)
-                state.received.add(unit)
+                yield from _arrive(state, unit)
             case Kind.FORWARD:
                 yield from self._forward(stage, state, unit)
             case Kind.SEND_ACTIVATION:
@@ -153,6 +155,8 @@ class _DryRun:
             case Kind.RECOMPUTE:
                 if unit not in state.stored:
                     yield "V4", "has no stored input to recompute from."
+                if unit in state.graphs:
+                    yield "V4", "has its graph already."
                 state.graphs.add(unit)
             case Kind.RECEIVE_GRADIENT:
                 if stage == self.last:
@@ -171,6 +175,8 @@ class _DryRun:
             case Kind.SYNTHESIZE:
                 if unit not in state.forwarded:
                     yield "V4", "has no output to predict a gradient for."
+                if unit in state.predicted:
+                    yield "V4", "was predicted before."
                 state.gradients.add(unit)
                 state.predicted.add(unit)
             case Kind.TRAIN_SYNTHESIZER:
@@ -199,9 +205,12 @@ class _DryRun:
                 if self.tokens:
                     yield from self._take(self.tokens, unit)
             case Kind.UPDATE:
-                if not state.pending_update:
+                if not state.pending:
                     yield "V10", "there is no gradient to update with."
-                state.pending_update = False
+                state.pending.clear()
+                if state.graphs and not self.program.stages[stage].stores_graphs_over_updates:
+                    batches = sorted(batch for batch, _ in state.graphs)
+                    yield "V4", f"changes the weights that the graphs of batches {batches} were built with."
 
     def _forward(self, stage: int, state: _StageState, unit: Unit) -> Iterable[tuple[str, str]]:
         yield from _remove("V4", state.received, unit, "was not received")
@@ -234,7 +243,10 @@ class _DryRun:
             state.input_gradients.add(unit)
         if stage == self.last and self.predicts[stage - 1]:
             state.losses.add(unit)
-        state.pending_update = True
+        pending = len(state.pending - {unit[0]})
+        if pending >= self.program.stages[stage].policy.accumulate:
+            yield "V10", f"no update followed the backward of batch {max(state.pending)}."
+        state.pending.add(unit[0])
 
     def _take(self, link: deque[Unit], unit: Unit) -> Iterable[tuple[str, str]]:
         head = link.popleft()
@@ -246,8 +258,11 @@ class _DryRun:
         in_it = (*self.activations[stage + 1], *self.gradients[stage], *here.gradients)
         held = len({batch for batch, _ in in_it})
         warm = bool(after.backwarded)
-        depth = self.gradient_lag[stage]
-        slack = depth - self.sending_lag[stage + 1]
+        if self.predicts[stage]:
+            depth = self.gradient_lag[stage]
+            slack = depth - self.sending_lag[stage + 1]
+        else:
+            depth, slack = self.program.staleness[stage], self.program.staleness.slack[stage]
         bound = (slack if warm else depth) + 1
         if held > bound:
             yield "V8", f"link {stage} -> {stage + 1} holds {held} batches; at most {bound} may be in it."
@@ -273,7 +288,7 @@ class _DryRun:
             for name, units in left.items():
                 if units:
                     yield f"V10: stage {stage} ends with {name} of batches {sorted(batch for batch, _ in units)}."
-            if state.pending_update:
+            if state.pending:
                 yield f"V10: stage {stage} ends with gradients that no update used."
 
 
@@ -285,6 +300,18 @@ def _remove(rule: str, units: set[Unit], unit: Unit, text: str) -> Iterable[tupl
     if unit not in units:
         yield rule, f"batch {unit[0]} {text}."
     units.discard(unit)
+
+
+def _arrive(state: _StageState, unit: Unit) -> Iterable[tuple[str, str]]:
+    if unit in state.received or unit in state.forwarded:
+        yield "V2", "came before."
+    elif state.last_received is not None and (unit[0], unit[1] or 0) < (
+        state.last_received[0],
+        state.last_received[1] or 0,
+    ):
+        yield "V2", f"comes after batch {state.last_received[0]}; batches keep their order."
+    state.received.add(unit)
+    state.last_received = unit
 
 
 def _in_order(rule: str, done: list[Unit], unit: Unit) -> Iterable[tuple[str, str]]:

@@ -56,9 +56,11 @@ def _exit_now(code: int) -> NoReturn:
 
 
 def _end_with_parent() -> None:
-    """The parent holds the other end of stdin; its end is our end."""
+    """The parent holds the other end of stdin; its end is ours, and that of all that this worker started."""
     while os.read(0, 1024):
         pass
+    if os.getpgrp() == os.getpid():
+        os.killpg(0, signal.SIGKILL)
     os._exit(1)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import enum
 import itertools
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -126,11 +126,38 @@ class DistributedEngine(Engine):
         for link in links:
             job.monitor.on_failure(link.wake)
         job.monitor.publish(self._status, watch=range(job.world_size if rank == 0 else 0))
-        job.closers.append(partial(_see_last_messages, self._receivers))
+        self._left: Generator[Tensor, None, None] | None = None
+        job.closers.append(partial(_see_last_messages, weakref.WeakMethod(self._end_left_session), self._receivers))
         for sender in self._senders:
             weakref.finalize(self, sender.close).atexit = False
 
     # -- sessions ------------------------------------------------------------------------------------------------
+
+    def train(self, batches: Batches | None, *, drain: bool) -> Generator[Tensor, None, None]:
+        """See `Engine.train`. A loop that was left early is drained at the next call, or where the job ends.
+
+        Python closes a generator in the same way where an exception leaves the loop as where `break` does. Were it
+        drained then, a rank above 0 would work through the batches of rank 0 to the end before anybody heard of the
+        exception.
+        """
+        self._end_left_session()
+        session = super().train(batches, drain=drain)
+        try:
+            while (loss := next(session, None)) is not None:
+                yield loss
+        except GeneratorExit:
+            self._left = session
+            raise
+
+    def evaluate(self, batches: Batches | None, metric: Metric) -> float:
+        self._end_left_session()
+        return super().evaluate(batches, metric)
+
+    def _end_left_session(self) -> None:
+        """Drain a session whose loop was left early."""
+        session, self._left = self._left, None
+        if session is not None:
+            session.close()
 
     def _open(self, batches: Batches | None, drain: bool) -> None:
         self._drain = drain
@@ -271,6 +298,7 @@ class DistributedEngine(Engine):
         return None if frame.kind is MessageKind.END else _activation(frame)
 
     def state_dict(self) -> dict[str, Tensor]:
+        self._end_left_session()
         own = stage_state(self.stage)
         with self._failures_reported("state_dict"):
             return {
@@ -282,9 +310,11 @@ class DistributedEngine(Engine):
             }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self._end_left_session()
         load_stage_state(self.stage, state)
 
     def optimizer_state_dict(self) -> dict[str, Any]:
+        self._end_left_session()
         own = optimizer_state(self.stage)
         with self._failures_reported("optimizer_state_dict"):
             return merge_optimizer_states(
@@ -292,6 +322,7 @@ class DistributedEngine(Engine):
             )
 
     def load_optimizer_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._end_left_session()
         load_optimizer_state(self.stage, state)
 
     def _shared_optimizer_state(self, own: Mapping[str, Any], rank: int) -> dict[str, Any]:
@@ -327,6 +358,7 @@ class DistributedEngine(Engine):
         return self.stage.learning_rate
 
     def traces(self) -> list[Trace]:
+        self._end_left_session()
         own = {name: torch.tensor(values) for name, values in self._interpreter.trace.columns().items()}
         with self._failures_reported():
             return [
@@ -436,7 +468,12 @@ def _most_activations(sender: StageProgram) -> int:
     return (ahead + 1) * sender.policy.micro_batches + 1
 
 
-def _see_last_messages(receivers: Sequence[Receiver]) -> None:
-    """Before the ranks part: wait for the last END of every peer, so that no message is cut off."""
+def _see_last_messages(
+    end_left_session: Callable[[], Callable[[], None] | None], receivers: Sequence[Receiver]
+) -> None:
+    """Before the ranks part: end what was left, and wait for the last END of every peer, so that nothing is cut off."""
+    end = end_left_session()
+    if end is not None:
+        end()
     for receiver in receivers:
         receiver.join(CLOSE_S)

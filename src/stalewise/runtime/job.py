@@ -10,6 +10,7 @@ import atexit
 import os
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -87,7 +88,7 @@ def current_job() -> Job:
     global _job
     if _job is None:
         _job = _join()
-        atexit.register(leave_job)
+        atexit.register(_leave_at_exit)
         sys.excepthook = _report_and_exit
     return _job
 
@@ -114,11 +115,23 @@ def report_failure(error: BaseException) -> None:
         record_failure(error, rank=rank, who=str(me), store=connect_to_store())
 
 
+def _leave_at_exit() -> None:
+    """Under torchrun; an error at the very end must not look like success."""
+    try:
+        leave_job()
+    except BaseException as error:
+        _report_and_exit(type(error), error, error.__traceback__)
+
+
 def _report_and_exit(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """The last act of a worker under torchrun: the header, the original traceback, and out.
 
-    Threads that wait for peers would keep the interpreter from ending, so the process ends here.
+    Threads that wait for peers would keep the interpreter from ending, so the process ends here. Threads of
+    multiprocessing call the hook too, for errors that end nothing.
     """
+    if threading.current_thread() is not threading.main_thread():
+        sys.__excepthook__(kind, error, trace)
+        return
     if isinstance(error, WorkerError):
         print(f"stalewise: {error}", file=sys.stderr)
     else:
