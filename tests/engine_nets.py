@@ -121,6 +121,7 @@ def build_engine(
         method = DSP(staleness=method)
     chain = Chain(list(layers))
     chain.check_nothing_shared(cuts)
+    program = method.program()
     stages = [
         assemble_stage(
             chain.build(cuts, index),
@@ -133,10 +134,11 @@ def build_engine(
             loss_fn=loss_fn,
             clip_grad_norm=clip_grad_norm,
             param_groups=param_groups,
+            program=program.stages[index],
         )
         for index in range(method.num_stages)
     ]
-    return SequentialEngine(method.program(), stages)
+    return SequentialEngine(program, stages)
 
 
 def train(engine: SequentialEngine, batches: Iterable[tuple[Any, Any]], *, drain: bool = True) -> list[float]:

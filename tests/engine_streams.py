@@ -24,10 +24,11 @@ def stream(text: str) -> Stream:
     return [Action.parse(word) for word in text.split()]
 
 
-def order_violations(actions: Sequence[Action], staleness: int, num_batches: int) -> Iterator[str]:
+def order_violations(actions: Sequence[Action], staleness: int, num_batches: int, accumulate: int = 1) -> Iterator[str]:
     """What a stage with this staleness does in the wrong order; empty for every order that gives DSP's numbers.
 
-    Each of `actions` is there once, and the U's count from 0 in the order in which they appear.
+    Each of `actions` is there once, and the U's count from 0 in the order in which they appear: U i uses the
+    gradients of the i-th group of `accumulate` batches.
     """
     place: dict[tuple[Kind, int], int] = {}
     updates = 0
@@ -51,15 +52,16 @@ def order_violations(actions: Sequence[Action], staleness: int, num_batches: int
         yield from before(Kind.RECOMPUTE, n, backward, n)
         yield from before(Kind.RECEIVE_GRADIENT, n, backward, n)
         yield from before(backward, n, Kind.SEND_GRADIENT, n)
-        yield from before(backward, n, update, n)
+        yield from before(backward, n, update, n // accumulate)
         # first in, first out
         for kind in Kind:
             yield from before(kind, n, kind, n + 1)
         # staleness: batch n is backwarded between the forwards of n + m and n + m + 1
         yield from before(forward, min(n + staleness, num_batches - 1), backward, n)
         yield from before(backward, n, forward, n + staleness + 1)
-        # weights: forward n sees max(0, n - m) updates, recompute and backward n see n of them
-        yield from before(update, n - staleness - 1, forward, n)
-        yield from before(forward, n, update, n - staleness)
-        yield from before(update, n - 1, Kind.RECOMPUTE, n)
-        yield from before(update, n - 1, backward, n)
+        # weights: forward n sees the updates of max(0, n - m) batches, recompute and backward n those of n
+        seen = max(0, n - staleness) // accumulate
+        yield from before(update, seen - 1, forward, n)
+        yield from before(forward, n, update, seen)
+        yield from before(update, n // accumulate - 1, Kind.RECOMPUTE, n)
+        yield from before(update, n // accumulate - 1, backward, n)

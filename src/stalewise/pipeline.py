@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from stalewise._version import __version__
 from stalewise.engine.assemble import ParameterOptions, assemble_stage
 from stalewise.engine.engine import Batches, Engine
+from stalewise.engine.feed import check_batch, iterate
 from stalewise.engine.sequential import SequentialEngine
 from stalewise.engine.split import Chain, LayerSource
 from stalewise.engine.stage import LossFunction, Metric
@@ -96,7 +97,8 @@ class Pipeline:
         recv_timeout_s: float = 300.0,
         verbose: bool = True,
     ) -> None:
-        _check_arguments(method, loss_fn, optimizer, lr_scheduler, clip_grad_norm, recv_timeout_s)
+        _check_functions(method, loss_fn, optimizer, lr_scheduler, param_groups)
+        _check_numbers(seed, clip_grad_norm, recv_timeout_s)
         self.method = method
         self.cuts: tuple[int, ...] | None = None
         self.partition: Partition | None = None
@@ -110,6 +112,8 @@ class Pipeline:
         self._recv_timeout_s = recv_timeout_s
         self._verbose = verbose
         self._job = current_job() if _is_distributed(engine) else None
+        if self._job is None:
+            self._chain = self._chain.built()
         self._device = _resolve_device(device, self._job)
         self._seed = torch.initial_seed() if seed is None else seed
         self._engine: Engine | None = None
@@ -196,6 +200,8 @@ class Pipeline:
         Raises:
             ConfigError: where batches are in flight, or there is no batch.
         """
+        if not callable(metric):
+            raise ConfigError(f"metric is {metric!r}; it must be a function (output, target) -> mean over the batch.")
         batches = self._prepare(batches)
         if self._engine is None:
             raise ConfigError("evaluate got no batch; a mean needs at least one sample. Is the iterable used up?")
@@ -238,8 +244,8 @@ class Pipeline:
         if self._engine is not None:
             return batches
         first: list[Any] = []
-        if self.rank == 0 and batches is not None:
-            iterator = iter(batches)
+        if self.rank == 0:
+            iterator = iterate(batches)
             first = list(itertools.islice(iterator, 1))
             batches = itertools.chain(first, iterator)
         costs: list[dict[str, Any]] | None = None
@@ -256,11 +262,7 @@ class Pipeline:
         return batches
 
     def _profile(self, batch: Any) -> list[LayerCost]:
-        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-            raise ConfigError(
-                f"a batch is a {type(batch).__name__}; it must be a pair (input, target). Pack several inputs into a "
-                "tuple or dict: ((a, b), target)."
-            )
+        check_batch(batch)
         inputs, targets = batch
         return profile_layers(
             self._chain.layers, inputs, targets, self._loss_fn, device=self._device, names=self._chain.names
@@ -371,9 +373,7 @@ def _resolve_device(device: str | torch.device, job: Job | None) -> torch.device
     return resolved
 
 
-def _check_arguments(
-    method: Any, loss_fn: Any, optimizer: Any, lr_scheduler: Any, clip_grad_norm: Any, recv_timeout_s: Any
-) -> None:
+def _check_functions(method: Any, loss_fn: Any, optimizer: Any, lr_scheduler: Any, param_groups: Any) -> None:
     if not isinstance(method, Method):
         raise ConfigError(f"method is {method!r}; it must be a method such as stalewise.DSP.minimal(num_stages=3).")
     if isinstance(optimizer, Optimizer):
@@ -381,11 +381,28 @@ def _check_arguments(
             "optimizer is an optimizer already; each stage builds its own. Give a function, such as "
             "lambda params: torch.optim.SGD(params, lr=0.1)."
         )
-    for name, value in (("loss_fn", loss_fn), ("optimizer", optimizer)):
+    required, optional = (
+        {"loss_fn": loss_fn, "optimizer": optimizer},
+        {
+            "lr_scheduler": (lr_scheduler, "optimizer -> scheduler"),
+            "param_groups": (param_groups, "(name, parameter) -> options"),
+        },
+    )
+    for name, value in required.items():
         if not callable(value):
             raise ConfigError(f"{name} is {value!r}; it must be a function.")
-    if lr_scheduler is not None and not callable(lr_scheduler):
-        raise ConfigError(f"lr_scheduler is {lr_scheduler!r}; it must be a function optimizer -> scheduler, or None.")
-    for name, value in (("clip_grad_norm", clip_grad_norm), ("recv_timeout_s", recv_timeout_s)):
-        if value is not None and not (isinstance(value, int | float) and value > 0):
+    for name, (value, signature) in optional.items():
+        if value is not None and not callable(value):
+            raise ConfigError(f"{name} is {value!r}; it must be a function {signature}, or None.")
+
+
+def _check_numbers(seed: Any, clip_grad_norm: Any, recv_timeout_s: Any) -> None:
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+        raise ConfigError(f"seed is {seed!r}; it must be a whole number, or None for torch's own.")
+    for name, value, may_be_none in (
+        ("clip_grad_norm", clip_grad_norm, True),
+        ("recv_timeout_s", recv_timeout_s, False),
+    ):
+        is_number = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+        if not is_number and not (value is None and may_be_none):
             raise ConfigError(f"{name} is {value!r}; it must be a number above 0.")

@@ -125,7 +125,7 @@ def test_refuses_a_folder_that_holds_something(sequential_run: Path, tmp_path: P
         (["train", "--staleness", "4,2"], "--stages 2"),
         (["train", "--staleness", "4,x,0"], "'x'"),
         (["train", "--method", "dps"], "Did you mean 'dsp'?"),
-        (["train", "--method", "bp", "--staleness", "4,2,0"], "Leave it out"),
+        (["train", "--method", "bp", "--staleness", "4,2,0"], "Leave staleness out"),
         (["train", "--epochs", "0"], "epochs is 0"),
         (["train", "--lr", "nan"], "lr is nan"),
         (["train", "--lr-schedule", "linear"], "onecycle"),

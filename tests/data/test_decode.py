@@ -115,6 +115,11 @@ def test_other_content_is_refused(content: bytes) -> None:
         decode_all([content])
 
 
+def test_formats_that_nobody_trains_from_are_not_even_tried(pixels, encode) -> None:
+    with pytest.raises(DataError, match="record 0 cannot be decoded"):
+        decode_all([encode(pixels(0), "PCX")])
+
+
 @pytest.mark.parametrize("side", [5000, 60_000])
 def test_a_small_file_cannot_claim_a_huge_image(side: int) -> None:
     with pytest.raises(DataError, match="record 0 is too large to be decoded safely"):

@@ -1,15 +1,17 @@
 """Downloads, from a server of our own."""
 
 import functools
-import gc
 import hashlib
+import logging
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import pooch
 import pytest
+import requests
 
 from stalewise.data.cifar import load_cifar
 from stalewise.data.download import fetch
@@ -84,9 +86,29 @@ def test_a_failed_download_says_what_to_do_and_leaves_nothing(server, cache: Pat
     assert "--data-dir" in str(caught.value)
     assert "'digits'" in str(caught.value)
     assert list(cache.iterdir()) == []
-    # A connection that is left open would only show, as a ResourceWarning, when it is collected.
-    del caught
-    gc.collect()
+
+
+def test_a_refused_request_leaves_no_connection_open(server, cache: Path) -> None:
+    address, _ = server
+    with pytest.raises(DataError, match="404") as caught:
+        fetch(f"{address}/missing.tar.gz", md5=MD5, folder=cache)
+    assert isinstance(caught.value.__cause__, requests.HTTPError)
+    assert caught.value.__cause__.response.raw.closed
+
+
+def test_only_the_bar_is_printed(server, cache: Path) -> None:
+    address, _ = server
+    notices: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = notices.append  # type: ignore[method-assign]
+    pooch.get_logger().addHandler(handler)
+    try:
+        fetch(f"{address}/data.tar.gz", md5=MD5, folder=cache)
+        assert notices == []
+        pooch.get_logger().info("others are not silenced")
+        assert len(notices) == 1
+    finally:
+        pooch.get_logger().removeHandler(handler)
 
 
 def test_no_server(server, cache: Path) -> None:

@@ -63,6 +63,11 @@ def test_the_split_follows_the_names_alone(write_classes, tmp_path: Path) -> Non
     assert first.test.images.equal(second.test.images)
 
 
+def test_the_split_and_the_order_are_the_same_on_every_machine(write_classes, pixels, tmp_path: Path) -> None:
+    split = load_folder(write_classes(tmp_path, {"a": 6, "b": 6}))
+    assert numbers(split, pixels, [6, 6]) == ([3, 5, 103, 0, 100, 2, 101, 104, 102, 1], [4, 105])
+
+
 def test_the_first_samples_are_of_many_classes(write_classes, tmp_path: Path) -> None:
     split = load_folder(write_classes(tmp_path, dict.fromkeys("abcd", 50)))
     first = np.bincount(split.train.labels[:40], minlength=4)

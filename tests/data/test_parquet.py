@@ -198,6 +198,16 @@ def test_a_record_without_an_image(folder: Path, load, write_parquet, content: b
         load(folder)
 
 
+def test_records_are_counted_over_groups_of_rows(folder: Path, load, write_parquet, monkeypatch) -> None:
+    monkeypatch.setattr(parquet_shard, "_ROWS_AT_ONCE", 2)
+    write_parquet(folder / "test.parquet", 5, damage={4: b""})
+    with pytest.raises(DataError, match=r"test\.parquet record 4 has no image bytes"):
+        load(folder)
+    write_parquet(folder / "test.parquet", 5, damage={3: b"no image"})
+    with pytest.raises(DataError, match=r"test\.parquet record 3 cannot be decoded"):
+        load(folder)
+
+
 @pytest.mark.parametrize("kept", [0, 3, 100, 2000, -1])
 def test_a_truncated_file(folder: Path, load, kept: int) -> None:
     path = folder / "train.parquet"

@@ -78,7 +78,7 @@ def runs(draw: st.DrawFn) -> Run:
 
 
 @given(runs())
-@settings(deadline=None, derandomize=True, max_examples=70)
+@settings(deadline=None, derandomize=True, max_examples=120)
 def test_losses_weights_buffers_and_optimizers_are_bitwise_those_of_the_reference(run: Run) -> None:
     event(f"{run.optimizer.__name__}, K = {len(run.staleness)}")
     layers, truth = NETS[run.net](), NETS[run.net]()
@@ -235,14 +235,12 @@ def test_two_runs_are_bitwise_equal() -> None:
 
 @given(st.lists(st.integers(0, 6), max_size=3), st.integers(1, 8), st.frozensets(st.integers(1, 8), max_size=2))
 @settings(deadline=None, derandomize=True, max_examples=25)
-def test_traces_hold_the_actions_of_the_program_in_order(
-    depths: list[int], count: int, stops: frozenset[int]
-) -> None:
+def test_traces_hold_the_actions_of_the_program_in_order(depths: list[int], count: int, stops: frozenset[int]) -> None:
     staleness = (*sorted(depths, reverse=True), 0)
     engine = build_engine(NETS["mlp"](), staleness, range(1, len(staleness)))
     drains = {stop for stop in stops if stop < count}
     train_in_parts(engine, classification("mlp", count), drains=drains)
-    for stage, trace in enumerate(engine.traces):
+    for stage, trace in enumerate(engine.traces()):
         expected: list[tuple[Kind, int]] = []
         for start, end in zip([0, *sorted(drains)], [*sorted(drains), count], strict=True):
             last = start

@@ -6,6 +6,7 @@ import copy
 import pickle
 import re
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from hypothesis import example, given, settings
@@ -141,8 +142,10 @@ def test_exactly_the_valid_queues_are_accepted_and_what_an_error_suggests_is_acc
         (
             (4, 2, 0),
             (1, 1, 1),
-            "queue (1, 1, 1) ends with 1; the last stage sends no activation, so its queue is 0. "
-            "Did you mean (1, 1, 0)?",
+            (
+                "queue (1, 1, 1) ends with 1; the last stage sends no activation, so its queue is 0. "
+                "Did you mean (1, 1, 0)?"
+            ),
         ),
         (
             (4, 2, 0),
@@ -176,6 +179,29 @@ def test_a_queue_longer_than_the_slack_is_explained() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"activations": "kept"}, 'activations is \'kept\'; it must be "recompute" or "stored".'),
+        (
+            {"weights": "current"},
+            (
+                "weights is 'current' with activations=\"recompute\"; a recompute always uses the current weights. "
+                'Leave weights out, or give activations="stored".'
+            ),
+        ),
+        ({"activations": "stored", "weights": "old"}, 'weights is \'old\'; it must be "stashed" or "current".'),
+        ({"accumulate": 0}, "accumulate is 0; it must be a whole number of at least 1."),
+        ({"accumulate": True}, "accumulate is True; it must be a whole number of at least 1."),
+    ],
+)
+def test_variants_are_checked(options: dict[str, Any], message: str) -> None:
+    for make in (lambda: DSP(staleness=(2, 0), **options), lambda: DSP.minimal(2, **options)):
+        with pytest.raises(ConfigError) as caught:
+            make()
+        assert str(caught.value) == message
+
+
 # --- a value --------------------------------------------------------------------------------------------------
 
 
@@ -187,6 +213,8 @@ def test_equality_and_hash_count_staleness_and_queue() -> None:
         DSP(staleness=(4, 2, 0), queue=(2, 1, 0)),
         DSP(staleness=(5, 2, 0), queue=(1, 1, 0)),
         DSP.minimal(2),
+        DSP.minimal(3, accumulate=2),
+        DSP.minimal(3, activations="stored"),
         (4, 2, 0),
     ]
     assert all(other != minimal for other in others)
@@ -194,13 +222,30 @@ def test_equality_and_hash_count_staleness_and_queue() -> None:
     assert len({minimal, DSP(staleness=(4, 2, 0)), DSP.minimal(2)}) == 2
 
 
-@given(settings_of_dsp())
+VARIANTS: list[dict[str, Any]] = [
+    {},
+    {"accumulate": 3},
+    {"activations": "stored"},
+    {"activations": "stored", "weights": "stashed", "accumulate": 2},
+    {"activations": "stored", "weights": "current"},
+]
+
+
+@given(settings_of_dsp(), st.sampled_from(VARIANTS))
 @settings(deadline=None, derandomize=True)
-def test_repr_builds_an_equal_one(setting: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
-    dsp = DSP(staleness=setting[0], queue=setting[1])
+def test_repr_builds_an_equal_one(setting: tuple[tuple[int, ...], tuple[int, ...]], variant: dict[str, Any]) -> None:
+    dsp = DSP(staleness=setting[0], queue=setting[1], **variant)
     assert eval(repr(dsp)) == dsp
     assert copy.deepcopy(dsp) == dsp
     assert pickle.loads(pickle.dumps(dsp)) == dsp
+
+
+def test_stashed_is_what_stored_graphs_use_unless_told() -> None:
+    stored = DSP.minimal(3, activations="stored")
+    assert stored == DSP.minimal(3, activations="stored", weights="stashed")
+    assert stored.weights == "stashed"
+    assert DSP.minimal(3).weights is None
+    assert stored != DSP.minimal(3, activations="stored", weights="current")
 
 
 def test_repr() -> None:
@@ -222,6 +267,12 @@ def test_a_stage_recomputes_exactly_where_it_is_stale() -> None:
     program = DSP(staleness=(3, 1, 0, 0)).program()
     assert [stage.recomputes for stage in program.stages] == [True, True, False, False]
     assert program.staleness == (3, 1, 0, 0)
+    stored = DSP(staleness=(3, 1, 0, 0), activations="stored").program()
+    assert not any(stage.recomputes for stage in stored.stages)
+    assert [stage.stores_graphs_over_updates for stage in stored.stages] == [True, True, False, False]
+    assert not any(stage.stores_graphs_over_updates for stage in program.stages)
+    for stage, kept in zip(program.stages, stored.stages, strict=True):
+        assert [slot for slot in stage.slots if slot.kind is not Kind.RECOMPUTE] == list(kept.slots)
 
 
 @given(VALID)

@@ -33,6 +33,12 @@ def test_parse_is_the_inverse_of_str(action: Action) -> None:
         (Action(Kind.BACKWARD, 3, 0), "B3.0"),
         (Action(Kind.SEND_GRADIENT, 3, 1), "SEND_G3.1"),
         (Action(Kind.UPDATE), "U"),
+        (Action(Kind.SYNTHESIZE, 7), "S7"),
+        (Action(Kind.TRAIN_SYNTHESIZER, 7), "T7"),
+        (Action(Kind.SEND_TOKEN, 7), "SEND_T7"),
+        (Action(Kind.RECEIVE_TOKEN, 7), "RECV_T7"),
+        (Action(Kind.SEND_LOSS, 7), "SEND_L7"),
+        (Action(Kind.RECEIVE_LOSS, 7), "RECV_L7"),
     ],
 )
 def test_every_kind_has_its_text(action: Action, text: str) -> None:
@@ -66,8 +72,12 @@ def test_a_text_is_refused_or_is_what_its_action_prints(text: str) -> None:
     assert str(action) == text.strip()
 
 
+def test_kinds_print_differently() -> None:
+    assert len({kind.value for kind in Kind}) == len(Kind) == 15
+
+
 def test_compute_kinds_are_those_that_keep_a_device_busy() -> None:
-    assert {kind.value for kind in COMPUTE} == {"F", "R", "B", "U"}
+    assert {kind.value for kind in COMPUTE} == {"F", "R", "B", "U", "S", "T"}
 
 
 def test_actions_are_values() -> None:

@@ -136,9 +136,7 @@ def test_in_the_steady_state_each_step_is_the_one_before_shifted_by_one(
 
 @given(STALENESS, st.integers(0, 14))
 @settings(deadline=None, derandomize=True)
-def test_prologue_and_epilogue_are_the_period_with_silent_slots(
-    staleness: tuple[int, ...], num_batches: int
-) -> None:
+def test_prologue_and_epilogue_are_the_period_with_silent_slots(staleness: tuple[int, ...], num_batches: int) -> None:
     for stage, lag in zip(DSP(staleness=staleness).program().stages, staleness, strict=True):
         for step in range(num_batches + lag + 3):
             actions = list(stage.step(step, num_batches))
@@ -179,6 +177,42 @@ def test_without_an_end_no_slot_falls_silent_again() -> None:
 def test_micro_batches_of_a_slot_reach_its_actions() -> None:
     stage = StageProgram((Slot(Kind.LOAD), Slot(Kind.FORWARD, 0, 0), Slot(Kind.FORWARD, 0, 1), Slot(Kind.UPDATE)))
     assert [str(action) for action in stage.step(2)] == ["LOAD2", "F2.0", "F2.1", "U"]
+
+
+# --- accumulation ---------------------------------------------------------------------------------------------
+
+
+def test_grid_of_accumulation_whose_drain_flushes_the_remainder() -> None:
+    """Groups of 2: batches 0 1, 2 3, 4. A stage without lag learns one step later that batch 4 was the last."""
+    assert_grid(
+        DSP(staleness=(2, 0), accumulate=2).program().grid(8, num_batches=5),
+        """
+        step    | 0     | 1       | 2        | 3          | 4        | 5       | 6       | 7
+        stage 0 | F0    | F1      | F2 R0 B0 | F3 R1 B1 U | F4 R2 B2 | R3 B3 U | R4 B4 U | -
+        stage 1 | F0 B0 | F1 B1 U | F2 B2    | F3 B3 U    | F4 B4    | U       | -       | -
+        """,
+    )
+
+
+@given(STALENESS, st.integers(1, 5), st.lists(st.integers(0, 12), min_size=1, max_size=4))
+@settings(deadline=None, derandomize=True)
+def test_groups_are_counted_over_drains_and_no_gradient_is_left(
+    staleness: tuple[int, ...], accumulate: int, cycles: list[int]
+) -> None:
+    """An update after every batch whose global index ends a group, and after the last batch of a cycle."""
+    for stage in DSP(staleness=staleness, accumulate=accumulate).program().stages:
+        first = 0
+        for count in cycles:
+            backwarded, updates = 0, []
+            for step in range(count + stage.drain_steps if count else 0):
+                for action in stage.step(step, None if step < count else count, first_batch=first):
+                    backwarded += action.kind is Kind.BACKWARD
+                    if action.kind is Kind.UPDATE:
+                        updates.append(first + backwarded)
+            assert backwarded == count
+            ends = [n for n in range(first + 1, first + count + 1) if n % accumulate == 0]
+            first += count
+            assert updates == ends + [first] * (count > 0 and first % accumulate > 0)
 
 
 # --- what a program knows of itself ---------------------------------------------------------------------------

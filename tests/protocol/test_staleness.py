@@ -44,20 +44,26 @@ def test_exactly_the_valid_vectors_are_accepted_and_the_suggestion_is_one_of_the
     [
         (
             (2, 4, 0),
-            "staleness (2, 4, 0) grows from stage 0 to stage 1; it must not grow with depth. "
-            "Did you mean (4, 2, 0)?",
+            "staleness (2, 4, 0) grows from stage 0 to stage 1; it must not grow with depth. Did you mean (4, 2, 0)?",
         ),
         (
             (4, 1, 2),
-            "staleness (4, 1, 2) grows from stage 1 to stage 2; it must not grow with depth. "
-            "Did you mean (4, 2, 0)?",
+            "staleness (4, 1, 2) grows from stage 1 to stage 2; it must not grow with depth. Did you mean (4, 2, 0)?",
         ),
         (
             (4, 2, 1),
-            "staleness (4, 2, 1) ends with 1; the last stage has the loss at hand, so its staleness is 0. "
-            "Did you mean (4, 2, 0)?",
+            (
+                "staleness (4, 2, 1) ends with 1; the last stage has the loss at hand, so its staleness is 0. "
+                "Did you mean (4, 2, 0)?"
+            ),
         ),
-        ((3,), "staleness (3,) ends with 3; the last stage has the loss at hand, so its staleness is 0. Did you mean (0,)?"),
+        (
+            (3,),
+            (
+                "staleness (3,) ends with 3; the last stage has the loss at hand, so its staleness is 0. "
+                "Did you mean (0,)?"
+            ),
+        ),
         ((2, -1, 0), "staleness[1] is -1; it counts batches, so it must be an integer >= 0."),
         ((2, 1.0, 0), "staleness[1] is 1.0; it counts batches, so it must be an integer >= 0."),
         ((True, 0), "staleness[0] is True; it counts batches, so it must be an integer >= 0."),
@@ -101,7 +107,7 @@ def test_links(values: tuple[int, ...], links: tuple[LinkState, ...]) -> None:
 def test_it_is_a_sequence_that_compares_like_its_tuple() -> None:
     staleness = Staleness([4, 2, 0])
     assert staleness == (4, 2, 0)
-    assert (4, 2, 0) == staleness
+    assert staleness == (4, 2, 0)
     assert staleness == Staleness((4, 2, 0))
     assert staleness != (4, 2)
     assert staleness != (4, 3, 0)

@@ -12,17 +12,33 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from stalewise.errors import ProgramError
-from stalewise.methods import BP, DSP, Method
-from stalewise.methods.method import backward_slots, forward_only, forward_slots
+from stalewise.methods import BP, DSP, METHOD_NAMES, Method, build_method
+from stalewise.methods.method import forward_only, stale_slots
 from stalewise.protocol.actions import Action, Kind
-from stalewise.protocol.program import Program, Slot, StageProgram
+from stalewise.protocol.program import Program, StageProgram
 from stalewise.protocol.staleness import Staleness
 from stalewise.protocol.validate import check, run_streams, violations
 
 VALUES = st.lists(st.integers(0, 8), max_size=3).map(lambda m: (*sorted(m, reverse=True), 0))
 METHODS = VALUES.map(lambda values: DSP(staleness=values)) | st.integers(1, 4).map(BP)
+VARIANTS = st.builds(
+    DSP,
+    staleness=VALUES,
+    activations=st.sampled_from(["recompute", "stored"]),
+    accumulate=st.integers(1, 4),
+)
+OTHERS = [build_method(name, num_stages=stages) for name in METHOD_NAMES for stages in (1, 2, 4)]
+SPOILED_OTHERS = [build_method(name, num_stages=3) for name in METHOD_NAMES if name not in ("dsp", "bp")]
 
-SPOILED = [BP(3), DSP(staleness=(0,)), DSP(staleness=(1, 0)), DSP(staleness=(2, 2, 0)), DSP.minimal(3)]
+SPOILED = [
+    BP(3),
+    DSP(staleness=(0,)),
+    DSP(staleness=(1, 0)),
+    DSP(staleness=(2, 2, 0)),
+    DSP.minimal(3),
+    DSP(staleness=(3, 1, 0), activations="stored"),
+    DSP(staleness=(2, 0), accumulate=3),
+]
 BATCHES = 7
 
 
@@ -47,22 +63,11 @@ def spoil(method: Method, stage: int, old: str, new: str, num_batches: int = BAT
 # --- what is valid --------------------------------------------------------------------------------------------
 
 
-@given(METHODS, st.none() | st.integers(0, 20))
-@settings(deadline=None, derandomize=True)
+@given(METHODS | VARIANTS | st.sampled_from(OTHERS), st.none() | st.integers(0, 20))
+@settings(deadline=None, derandomize=True, max_examples=150)
 def test_programs_of_methods_are_valid_for_any_number_of_batches(method: Method, num_batches: int | None) -> None:
     assert violations(method.program(), num_batches=num_batches) == []
     check(method.program())
-
-
-def test_a_program_with_micro_batches_is_valid() -> None:
-    """GPipe of 2 stages and 2 micro-batches: all forwards, then all backwards, then one update."""
-
-    def stage(index: int) -> StageProgram:
-        forwards, backwards = forward_slots(index, 2), backward_slots(index, 2, lag=0, recompute=True)[:-1]
-        slots = [Slot(slot.kind, 0, micro) for part in (forwards, backwards) for micro in (0, 1) for slot in part]
-        return StageProgram((*slots, Slot(Kind.UPDATE)))
-
-    assert violations(Program(stages=(stage(0), stage(1)), staleness=Staleness((0, 0)))) == []
 
 
 def test_the_dry_run_is_long_enough_to_see_three_periods() -> None:
@@ -163,9 +168,8 @@ def test_v6_messages_are_received_in_the_order_in_which_they_were_sent(stage: in
 
 
 def test_v7_and_v8_who_holds_more_than_its_staleness_allows_is_seen() -> None:
-    """The stages of DSP(6,3,0) that claim (4,2,0): seven stored inputs, and too many batches on the link."""
-    program = Program(stages=DSP(staleness=(6, 3, 0)).program().stages, staleness=Staleness((4, 2, 0)))
-    found = violations(program)
+    """The actions of DSP(6,3,0) that claim (4,2,0): seven stored inputs, and too many batches on the link."""
+    found = run_streams(MINIMAL.program(), streams_of(DSP(staleness=(6, 3, 0)).program(), 12), 12)
     assert {"V7", "V8"} <= rules(found)
     assert "V7: stage 0, F5: 6 inputs are stored; at most m_0 + 1 = 5 may be." in found
     in_warm_up = "V8: stage 0, SEND_A5: link 0 -> 1 holds 6 batches; at most 5 may be in it."
@@ -173,9 +177,8 @@ def test_v7_and_v8_who_holds_more_than_its_staleness_allows_is_seen() -> None:
 
 
 def test_v8_after_the_warm_up_a_link_holds_at_most_its_slack_and_one() -> None:
-    """Stages of (6,2,0) that claim (6,4,0): stage 0 runs 4 batches ahead over a link of slack 2."""
-    stages = DSP(staleness=(6, 2, 0)).program().stages
-    found = violations(Program(stages=stages, staleness=Staleness((6, 4, 0))))
+    """Actions of (6,2,0) that claim (6,4,0): stage 0 runs 4 batches ahead over a link of slack 2."""
+    found = run_streams(DSP(staleness=(6, 4, 0)).program(), streams_of(DSP(staleness=(6, 2, 0)).program(), 16), 16)
     assert any(re.match(r"V8: stage 0, SEND_A\d+: link 0 -> 1 holds \d batches; at most 3 may be", v) for v in found)
 
 
@@ -191,10 +194,7 @@ def test_v9_a_stage_that_waits_for_one_that_waits_for_it_is_a_deadlock(
 ) -> None:
     """Staleness that grows with depth: the gradient of batch n needs an activation that comes after it."""
     count = len(stages)
-    built = tuple(
-        StageProgram(forward_slots(k, count) + backward_slots(k, count, lag=lag, recompute=lag > 0))
-        for k, lag in enumerate(stages)
-    )
+    built = tuple(StageProgram(stale_slots(k, count, lag=lag, recompute=lag > 0)) for k, lag in enumerate(stages))
     found = violations(Program(stages=built, staleness=Staleness(claimed)))
     deadlocks = [violation for violation in found if violation.startswith("V9")]
     assert deadlocks
@@ -239,6 +239,10 @@ def test_v10_an_evaluation_leaves_its_inputs() -> None:
 # --- every single fault ---------------------------------------------------------------------------------------
 
 
+def accumulate_of(method: Method) -> int:
+    return method.program().stages[0].policy.accumulate
+
+
 def each_action(method: Method) -> Iterator[tuple[int, int]]:
     for stage, actions in enumerate(streams_of(method.program(), BATCHES)):
         yield from ((stage, position) for position in range(len(actions)))
@@ -256,7 +260,7 @@ def undetected(method: Method, faults: Iterator[tuple[str, int, Stream]]) -> lis
     return missed
 
 
-@pytest.mark.parametrize("method", SPOILED, ids=repr)
+@pytest.mark.parametrize("method", SPOILED + SPOILED_OTHERS, ids=repr)
 def test_every_single_deletion_is_seen(method: Method) -> None:
     def deletions() -> Iterator[tuple[str, int, Stream]]:
         streams = streams_of(method.program(), BATCHES)
@@ -267,7 +271,7 @@ def test_every_single_deletion_is_seen(method: Method) -> None:
     assert undetected(method, deletions()) == []
 
 
-@pytest.mark.parametrize("method", SPOILED, ids=repr)
+@pytest.mark.parametrize("method", SPOILED + SPOILED_OTHERS, ids=repr)
 def test_every_single_duplication_is_seen(method: Method) -> None:
     def duplications() -> Iterator[tuple[str, int, Stream]]:
         streams = streams_of(method.program(), BATCHES)
@@ -286,20 +290,39 @@ def test_every_swap_of_neighbours_that_changes_the_numbers_is_seen(method: Metho
             actions = list(streams[stage])
             if i + 1 < len(actions):
                 actions[i], actions[i + 1] = actions[i + 1], actions[i]
-                wrong = list(order_violations(actions, method.staleness[stage], BATCHES))
+                wrong = list(order_violations(actions, method.staleness[stage], BATCHES, accumulate_of(method)))
                 if wrong:
                     yield f"{actions[i]} before {actions[i + 1]}: {wrong[0]}", stage, actions
 
     assert undetected(method, swaps()) == []
 
 
+@pytest.mark.parametrize("method", SPOILED, ids=repr)
+def test_every_update_at_another_place_that_changes_the_numbers_is_seen(method: Method) -> None:
+    """An update that comes a few actions early or late gives a forward or a recompute the weights of another step."""
+
+    def moves() -> Iterator[tuple[str, int, Stream]]:
+        streams = streams_of(method.program(), BATCHES)
+        for stage, i in each_action(method):
+            if streams[stage][i].kind is not Kind.UPDATE:
+                continue
+            for j in range(max(0, i - 5), min(len(streams[stage]), i + 6)):
+                actions = list(streams[stage])
+                actions.insert(j, actions.pop(i))
+                wrong = list(order_violations(actions, method.staleness[stage], BATCHES, accumulate_of(method)))
+                if wrong:
+                    yield f"U at {i} moved to {j}: {wrong[0]}", stage, actions
+
+    assert undetected(method, moves()) == []
+
+
 def test_the_order_of_the_oracle_is_the_one_that_methods_keep() -> None:
     for method in (*SPOILED, DSP(staleness=(5, 3, 3, 0))):
         for actions, staleness in zip(streams_of(method.program(), 9), method.staleness, strict=True):
-            assert list(order_violations(actions, staleness, 9)) == []
+            assert list(order_violations(actions, staleness, 9, accumulate_of(method))) == []
 
 
-@given(METHODS, st.integers(1, 9), st.data())
+@given(METHODS | VARIANTS, st.integers(1, 9), st.data())
 @settings(deadline=None, derandomize=True, max_examples=200)
 def test_any_move_that_changes_the_numbers_is_seen(method: Method, num_batches: int, data: st.DataObject) -> None:
     program = method.program()
@@ -315,15 +338,15 @@ def test_any_move_that_changes_the_numbers_is_seen(method: Method, num_batches: 
         case "swap":
             i, j = data.draw(places), data.draw(places)
             actions[i], actions[j] = actions[j], actions[i]
-            assume(any(order_violations(actions, method.staleness[stage], num_batches)))
+            assume(any(order_violations(actions, method.staleness[stage], num_batches, accumulate_of(method))))
         case "move":
             action: Action = actions.pop(data.draw(places))
             actions.insert(data.draw(places), action)
-            assume(any(order_violations(actions, method.staleness[stage], num_batches)))
+            assume(any(order_violations(actions, method.staleness[stage], num_batches, accumulate_of(method))))
     assert run_streams(program, streams, num_batches) != []
 
 
-@given(METHODS, st.integers(1, 9), st.data())
+@given(METHODS | VARIANTS, st.integers(1, 9), st.data())
 @settings(deadline=None, derandomize=True)
 def test_moves_that_change_nothing_are_accepted(method: Method, num_batches: int, data: st.DataObject) -> None:
     """A recompute may overlap its forward, a send may follow the update: neighbours that need nothing of each other.
@@ -337,7 +360,9 @@ def test_moves_that_change_nothing_are_accepted(method: Method, num_batches: int
     for i, (first, second) in enumerate(pairwise(streams[stage])):
         swapped = [*streams[stage][:i], second, first, *streams[stage][i + 2 :]]
         blocks = first.kind.value.startswith("SEND") and second.kind.value.startswith("RECV")
-        if not blocks and not any(order_violations(swapped, method.staleness[stage], num_batches)):
+        if not blocks and not any(
+            order_violations(swapped, method.staleness[stage], num_batches, accumulate_of(method))
+        ):
             orders.append(swapped)
     assume(orders)
     streams[stage] = data.draw(st.sampled_from(orders))

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from stalewise.experiments.config import DISPLAYS, SCHEDULES, TrainConfig, parse_numbers
+from stalewise.experiments.config import DISPLAYS, SCHEDULES, TrainConfig, parse_numbers, parse_options
 from stalewise.experiments.run_writer import prepare_run_folder
 from stalewise.experiments.training import run
 from stalewise.methods import METHOD_NAMES
@@ -31,6 +31,9 @@ def train(
     queue: Annotated[Text, typer.Option(help="DSP: slack of each activation queue in batches, such as 1,1,0.")] = None,
     staleness: Annotated[
         Text, typer.Option(help="DSP: batches between forward and backward of each stage, such as 4,2,0.")
+    ] = None,
+    option: Annotated[
+        list[str] | None, typer.Option(help="Of the method, such as micro_batches=8 or activations=stored; repeat it.")
     ] = None,
     epochs: Annotated[int, typer.Option(help="Passes over the training set.")] = 10,
     batch_size: Annotated[int, typer.Option(help="Samples per batch.")] = 64,
@@ -78,6 +81,7 @@ def train(
         stages=stages,
         queue=parse_numbers(queue, "--queue"),
         staleness=parse_numbers(staleness, "--staleness"),
+        options=parse_options(option or []),
         epochs=epochs,
         batch_size=batch_size,
         lr=lr,

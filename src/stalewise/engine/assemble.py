@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from stalewise.engine.stage import LossFunction, Stage
 from stalewise.errors import ConfigError
@@ -56,7 +57,17 @@ def assemble_stage(
                 f"optimizer returned an optimizer of {len(foreign)} parameters that are not stage {index}'s; it must "
                 "use the params that it is called with, as in lambda params: torch.optim.SGD(params, lr=0.1)."
             )
+        if inspect.signature(built.step).parameters["closure"].default is inspect.Parameter.empty:
+            raise ConfigError(
+                f"optimizer returned a {type(built).__name__}, whose step needs a closure that computes the loss "
+                "again; a stage has no loss of its own. Use one that steps on gradients, such as torch.optim.SGD."
+            )
         scheduler = None if lr_scheduler is None else lr_scheduler(built)
+        if isinstance(scheduler, ReduceLROnPlateau):
+            raise ConfigError(
+                "lr_scheduler returned a ReduceLROnPlateau, which steps on a metric; schedulers are stepped once per "
+                "update of their stage, without one. Use a schedule over updates, such as OneCycleLR."
+            )
         if scheduler is not None and not isinstance(scheduler, LRScheduler):
             raise ConfigError(f"lr_scheduler returned a {type(scheduler).__name__}; it must return a torch scheduler.")
     return Stage(
@@ -77,7 +88,13 @@ def _grouped(parameters: Mapping[str, nn.Parameter], options_of: ParameterOption
     """Parameter groups: equal options together, in order of appearance."""
     groups: list[dict[str, Any]] = []
     for name, parameter in parameters.items():
-        options = dict(options_of(name, parameter) or {})
+        given = options_of(name, parameter)
+        if given is not None and not isinstance(given, Mapping):
+            raise ConfigError(
+                f"param_groups returned a {type(given).__name__} for {name!r}; it must return a dict of optimizer "
+                'options, such as {"weight_decay": 0.0}, or None.'
+            )
+        options = dict(given or {})
         for group in groups:
             if {key: value for key, value in group.items() if key != "params"} == options:
                 group["params"].append(parameter)

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from stalewise.engine.messages import Activation
-from stalewise.engine.tree import flatten, to_device
+from stalewise.engine.tree import flatten
 from stalewise.errors import ConfigError
 
-__all__ = ["Feed"]
+__all__ = ["Feed", "check_batch", "iterate"]
 
 
 class Feed:
@@ -23,13 +23,7 @@ class Feed:
     """
 
     def __init__(self, batches: Any, device: torch.device) -> None:
-        try:
-            self._batches: Iterator[Any] = iter(batches)
-        except TypeError:
-            raise ConfigError(
-                f"batches is a {type(batches).__name__}; it must be an iterable of (input, target) pairs, such as a "
-                "DataLoader. Only ranks above 0 may pass None."
-            ) from None
+        self._batches = iterate(batches)
         self._device = device
         self._next: Activation | None = None
 
@@ -48,14 +42,39 @@ class Feed:
         return batch
 
     def _activation(self, batch: Any) -> Activation:
-        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-            size = f" of {len(batch)}" if isinstance(batch, (tuple, list)) else ""
-            raise ConfigError(
-                f"a batch is a {type(batch).__name__}{size}; it must be a pair (input, target). Pack several inputs "
-                "into a tuple or dict: ((a, b), target)."
-            )
-        values, structure = flatten(to_device(batch[0], self._device))
+        check_batch(batch)
+        values, structure = flatten(batch[0], "the input of a batch")
         if not values:
             raise ConfigError("a batch has no tensor in its input; give at least one.")
-        flatten(batch[1])
+        flatten(batch[1], "the target of a batch")
+        values = [value.to(self._device, non_blocking=True) for value in values]
         return Activation(values, structure, batch[1])
+
+
+def iterate(batches: Any) -> Iterator[Any]:
+    """An iterator over the user's batches.
+
+    Raises:
+        ConfigError: where they are not iterable.
+    """
+    try:
+        return iter(batches)
+    except TypeError:
+        raise ConfigError(
+            f"batches is a {type(batches).__name__}; it must be an iterable of (input, target) pairs, such as a "
+            "DataLoader. Only ranks above 0 may pass None."
+        ) from None
+
+
+def check_batch(batch: Any) -> None:
+    """Refuse a batch that is not a pair.
+
+    Raises:
+        ConfigError: where it is something else.
+    """
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
+        size = f" of {len(batch)}" if isinstance(batch, tuple | list) else ""
+        raise ConfigError(
+            f"a batch is a {type(batch).__name__}{size}; it must be a pair (input, target). Pack several inputs into a "
+            "tuple or dict: ((a, b), target)."
+        )

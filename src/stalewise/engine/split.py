@@ -34,8 +34,8 @@ class Chain:
         if isinstance(model, nn.Sequential):
             if type(model).forward is not nn.Sequential.forward:
                 raise ConfigError(
-                    f"model is a {type(model).__name__} with a forward of its own; only a chain that runs "
-                    "one layer after another can be cut between them. Write what its forward does as layers of an nn.Sequential."
+                    f"model is a {type(model).__name__} with a forward of its own; only a chain that runs one layer "
+                    "after another can be cut between them. Write what its forward does as layers of an nn.Sequential."
                 )
             names = [name for name, _ in model.named_modules(remove_duplicate=False) if name and "." not in name]
             named: list[tuple[str, LayerSource]] = list(zip(names, model, strict=True))
@@ -60,6 +60,13 @@ class Chain:
     def __len__(self) -> int:
         return len(self.layers)
 
+    def built(self) -> Chain:
+        """The same chain with every factory called."""
+        chain = object.__new__(Chain)
+        chain.names = self.names
+        chain.layers = tuple(_build_layer(name, source) for name, source in zip(self.names, self.layers, strict=True))
+        return chain
+
     def describe(self) -> list[str]:
         """A line per layer that is equal wherever the same model was built: name, type, parameter shapes."""
         return [
@@ -80,12 +87,7 @@ class Chain:
         start, end = list(pairwise((0, *cuts, len(self))))[stage]
         built: OrderedDict[str, nn.Module] = OrderedDict()
         for name, source in zip(self.names[start:end], self.layers[start:end], strict=True):
-            layer = source if isinstance(source, nn.Module) else source()
-            if not isinstance(layer, nn.Module):
-                raise ConfigError(
-                    f"the factory of layer {name} returned a {type(layer).__name__}; it must return a module."
-                )
-            built[name] = layer
+            built[name] = _build_layer(name, source)
         return nn.Sequential(built)
 
     def check_nothing_shared(self, cuts: Sequence[int]) -> None:
@@ -109,3 +111,10 @@ class Chain:
                                 "same tensor; a stage owns its weights, so tied ones must lie in one stage. Move the "
                                 "cut so that both are on one side, or give one layer a copy of its own."
                             )
+
+
+def _build_layer(name: str, source: LayerSource) -> nn.Module:
+    layer = source if isinstance(source, nn.Module) else source()
+    if not isinstance(layer, nn.Module):
+        raise ConfigError(f"the factory of layer {name} returned a {type(layer).__name__}; it must return a module.")
+    return layer

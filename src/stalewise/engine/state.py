@@ -82,6 +82,10 @@ def load_optimizer_state(stage: Stage, state: Mapping[str, Any]) -> None:
     """
     if stage.optimizer is None:
         return
+    if not isinstance(state, Mapping) or not {"state", "param_groups"} <= set(state):
+        raise ConfigError(
+            "the optimizer state has no entries 'state' and 'param_groups'; load what optimizer_state_dict() gave."
+        )
     names = _names_by_index(stage, stage.optimizer)
     groups = {name: group for group in state["param_groups"] for name in group["params"]}
     packed = stage.optimizer.state_dict()

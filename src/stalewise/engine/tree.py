@@ -25,14 +25,18 @@ Structure = Any
 """The shape of a tree as JSON; see above."""
 
 
-def flatten(tree: Tree) -> tuple[list[Tensor], Structure]:
+def flatten(tree: Tree, what: str = "a value between stages") -> tuple[list[Tensor], Structure]:
     """The tensors of a tree in order, and its structure.
+
+    Args:
+        tree: what to take apart.
+        what: names it in an error.
 
     Raises:
         ConfigError: where the tree holds something else; the message names the place.
     """
     leaves: list[Tensor] = []
-    return leaves, _describe(tree, leaves, "")
+    return leaves, _describe(tree, leaves, what, "")
 
 
 def unflatten(structure: Structure, leaves: Sequence[Tensor]) -> Tree:
@@ -47,23 +51,21 @@ def num_samples(tree: Tree) -> int:
     return int(leaves[0].shape[0]) if leaves and leaves[0].ndim else 1
 
 
-def _describe(tree: Tree, leaves: list[Tensor], path: str) -> Structure:
+def _describe(tree: Tree, leaves: list[Tensor], what: str, path: str) -> Structure:
     if isinstance(tree, Tensor):
         leaves.append(tree)
         return "tensor"
     if tree is None:
         return None
     if type(tree) in (tuple, list):
-        return [
-            type(tree).__name__,
-            *(_describe(item, leaves, f"{path}[{i}]") for i, item in enumerate(tree)),
-        ]
+        items = (_describe(item, leaves, what, f"{path}[{index}]") for index, item in enumerate(tree))
+        return [type(tree).__name__, *items]
     if isinstance(tree, Mapping) and all(isinstance(key, str) for key in tree):
-        return ["dict", *([key, _describe(item, leaves, f"{path}[{key!r}]")] for key, item in tree.items())]
+        return ["dict", *([key, _describe(item, leaves, what, f"{path}[{key!r}]")] for key, item in tree.items())]
+    place = f"the entry {path} of {what}" if path else what
     raise ConfigError(
-        f"{'the value' + path if path else 'a value'} between stages is of type {type(tree).__name__}; stages "
-        "exchange tensors, None, and tuples, lists and dicts (string keys) of them. Return one of these from the "
-        "layers at which the model is cut."
+        f"{place} is of type {type(tree).__name__}; stages exchange tensors, None, and tuples, lists and dicts (string "
+        "keys) of them. Convert it, or cut the model elsewhere."
     )
 
 

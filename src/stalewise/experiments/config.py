@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from stalewise.errors import ConfigError
-from stalewise.methods import Method, build_method
+from stalewise.methods import Method, build_method, method_options
 
 __all__ = ["DISPLAYS", "SCHEDULES", "TrainConfig"]
 
@@ -30,6 +30,7 @@ class TrainConfig:
         stages: K.
         queue: p_k, or None for the method's own.
         staleness: m_k, or None for the method's own.
+        options: of the method, beside these; see `stalewise.methods.method_options`.
         epochs: passes over the training set.
         batch_size: samples per batch.
         lr: peak learning rate.
@@ -63,6 +64,7 @@ class TrainConfig:
     stages: int = 3
     queue: tuple[int, ...] | None = None
     staleness: tuple[int, ...] | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
     epochs: int = 10
     batch_size: int = 64
     lr: float = 0.1
@@ -114,16 +116,18 @@ class TrainConfig:
 
     def build_method(self) -> Method:
         """The method with its depths."""
-        return build_method(self.method, num_stages=self.stages, staleness=self.staleness, queue=self.queue)
+        return build_method(
+            self.method, num_stages=self.stages, staleness=self.staleness, queue=self.queue, **self.options
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """JSON values, with the method's depths filled in."""
         method = self.build_method()
-        depths: dict[str, Any] = {"staleness": list(method.staleness), "slack": list(method.staleness.slack)}
+        described: dict[str, Any] = {"staleness": list(method.staleness), "slack": list(method.staleness.slack)}
         for name in ("queue", "gradient_queue"):
             if hasattr(method, name):
-                depths[name] = list(getattr(method, name))
-        return {**asdict(self), **depths}
+                described[name] = list(getattr(method, name))
+        return {**asdict(self), **described}
 
     @classmethod
     def read(cls, path: Path) -> TrainConfig:
@@ -134,7 +138,7 @@ class TrainConfig:
         """
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-            known = {field.name for field in fields(cls)}
+            known = {entry.name for entry in fields(cls)}
             given: dict[str, Any] = {
                 name: tuple(value) if isinstance(value, list) else value
                 for name, value in values.items()
@@ -144,7 +148,7 @@ class TrainConfig:
             raise ConfigError(
                 f"{path} is not the configuration of a run ({error}); give the folder that `stalewise train` wrote."
             ) from None
-        if given.get("method") != "dsp":
+        if "staleness" not in method_options(given.get("method", cls.method)):
             given.update(staleness=None, queue=None)
         return cls(**given)
 
@@ -162,6 +166,24 @@ def parse_numbers(text: str | None, option: str) -> tuple[int, ...] | None:
         if not entry.lstrip("-").isdigit():
             raise ConfigError(f"{option} {text!r} has the entry {entry!r}; give whole numbers such as 4,2,0.")
     return tuple(int(entry) for entry in entries)
+
+
+def parse_options(texts: Sequence[str]) -> dict[str, Any]:
+    """`["micro_batches=8", "activations=stored"]` as a dict; numbers become numbers.
+
+    Raises:
+        ConfigError: naming what is no key=value.
+    """
+    options: dict[str, Any] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"--option {text!r} is not of the form key=value, such as micro_batches=8.")
+        try:
+            options[key.replace("-", "_")] = json.loads(value)
+        except ValueError:
+            options[key.replace("-", "_")] = value
+    return options
 
 
 def _check_number(name: str, value: Any, least: float, *, whole: bool) -> None:

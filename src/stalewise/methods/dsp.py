@@ -160,9 +160,10 @@ def _checked_queue(queue: Sequence[int], staleness: Staleness) -> tuple[int, ...
     for stage, (ahead, slack) in enumerate(zip(checked, staleness.slack, strict=True)):
         if ahead > slack:
             here, after = staleness[stage], staleness[stage + 1]
+            enough = tuple(depth + (ahead - slack) * (k <= stage) for k, depth in enumerate(staleness))
             raise ConfigError(
                 f"queue[{stage}] is {ahead}, more than the slack of link {stage} -> {stage + 1}, "
                 f"staleness[{stage}] - staleness[{stage + 1}] = {here} - {after} = {slack}; the gradient queue "
-                f"would be negative. Use queue[{stage}] <= {slack}, or staleness[{stage}] >= {after + ahead}."
+                f"would be negative. Use queue[{stage}] <= {slack}, or staleness {enough}."
             )
     return checked

@@ -4,7 +4,8 @@
     V2  every batch is forwarded exactly once on every stage, in order (FIFO)
     V3  every batch is backwarded exactly once on every stage, in order (FIFO)
     V4  an action finds what it needs: its input, its graph (a recompute where the forward kept none), its gradient
-    V5  realised staleness = declared: when B j runs, the newest forwarded batch is j + m_k, less only in the drain
+    V5  realised staleness = declared: when B j runs, the newest forwarded batch is j + m_k, less only in the drain;
+        F n uses the weights after n - m_k updates (over accumulate, where gradients accumulate)
     V6  every message is received once, in the order in which it was sent
     V7  a stage holds at most m_k + 1 stored inputs
     V8  a link holds at most m_k + 1 batches in warm-up and d_k + 1 after it, whoever runs ahead (where gradients are
@@ -81,6 +82,7 @@ class _StageState:
     losses: set[Unit] = field(default_factory=set)
     predicted: set[Unit] = field(default_factory=set)
     pending: set[int] = field(default_factory=set)
+    updates: int = 0
 
 
 class _DryRun:
@@ -207,7 +209,12 @@ class _DryRun:
             case Kind.UPDATE:
                 if not state.pending:
                     yield "V10", "there is no gradient to update with."
+                group = self.program.stages[stage].policy.accumulate
+                newest = max(state.pending, default=-1)
+                if (newest + 1) % group and newest != self.num_batches - 1:
+                    yield "V10", f"comes after batch {newest}, within a group of {group}."
                 state.pending.clear()
+                state.updates += 1
                 if state.graphs and not self.program.stages[stage].stores_graphs_over_updates:
                     batches = sorted(batch for batch, _ in state.graphs)
                     yield "V4", f"changes the weights that the graphs of batches {batches} were built with."
@@ -216,6 +223,9 @@ class _DryRun:
         yield from _remove("V4", state.received, unit, "was not received")
         yield from _in_order("V2", state.forwarded, unit)
         state.forwarded.append(unit)
+        due = max(0, unit[0] - self.program.staleness[stage]) // self.program.stages[stage].policy.accumulate
+        if state.updates != due:
+            yield "V5", f"uses weights after {state.updates} updates; its staleness wants {due}."
         state.stored.add(unit)
         bound = self.program.staleness[stage] + 1
         if len({batch for batch, _ in state.stored}) > bound:

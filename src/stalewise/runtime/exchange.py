@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from stalewise.runtime.wire import as_bytes
+
 __all__ = ["all_gather_json", "broadcast_json", "broadcast_tensors"]
 
 
@@ -38,6 +40,6 @@ def broadcast_tensors(tensors: Mapping[str, Tensor] | None, source: int, group: 
     for name, dtype, shape in broadcast_json(described, source, group):
         value = own[name] if name in own else torch.empty(shape, dtype=getattr(torch, dtype))
         if value.numel():
-            dist.broadcast(value.reshape(-1).view(torch.uint8), source, group=group)
+            dist.broadcast(as_bytes(value), source, group=group)
         received[name] = value
     return received

@@ -30,7 +30,7 @@ from stalewise.engine.layout import dense, is_dense
 from stalewise.engine.tree import Structure
 from stalewise.errors import TransportError
 
-__all__ = ["PAGE_BYTES", "Decoder", "Encoder", "Frame", "MessageKind"]
+__all__ = ["PAGE_BYTES", "Decoder", "Encoder", "Frame", "MessageKind", "as_bytes"]
 
 MAGIC = b"SWIS"
 VERSION = 1

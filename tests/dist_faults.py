@@ -1,0 +1,185 @@
+"""Workers that fail on purpose: at a batch, on a stage, in one of the places where code of the user runs."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from dist_jobs import mark_fault
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.optim import SGD
+from torch.utils.data import DataLoader, Dataset
+
+import stalewise
+
+NUM_STAGES = 3
+FAULT_BATCH = 7
+
+
+def rank() -> int:
+    """Of this process."""
+    return int(os.environ["RANK"])
+
+
+
+class Boom(Exception):
+    """An error of the user's."""
+
+
+class Fault:
+    """Happens once, at its place, on its stage, at batch `FAULT_BATCH`.
+
+    Args:
+        folder: where its time is noted.
+        place: where it happens.
+        stage: whose worker it happens in.
+        action: "raise", or what is done to which process.
+    """
+
+    def __init__(self, folder: str, place: str, stage: int, action: str) -> None:
+        self._folder = folder
+        self.place = place
+        self._stage = stage
+        self._action = action
+        self._passes: dict[str, int] = {}
+
+    def reached(self, place: str) -> None:
+        """Called everywhere, once per batch; explodes where it is time."""
+        batch = self._passes[place] = self._passes.get(place, -1) + 1
+        if (place, rank(), batch) == (self.place, self._stage, FAULT_BATCH):
+            self.explode()
+
+    def reached_now(self, place: str) -> None:
+        """The same for a place that is reached once."""
+        if (place, rank()) == (self.place, self._stage):
+            self.explode()
+
+    def explode(self) -> None:
+        """Do it."""
+        mark_fault(self._folder)
+        match self._action:
+            case "raise":
+                raise Boom(f"on rank {rank()}")
+            case "exit":
+                sys.exit(3)
+            case "exit with a text":
+                sys.exit("enough")
+            case "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "stop":
+                os.kill(os.getpid(), signal.SIGSTOP)
+            case "interrupt":  # as the terminal does it: the whole group in the foreground
+                os.killpg(os.getpgid(os.getppid()), signal.SIGINT)
+            case "kill parent":
+                os.kill(os.getppid(), signal.SIGKILL)
+            case "terminate parent":
+                os.kill(os.getppid(), signal.SIGTERM)
+
+
+class _InBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, fault: Fault) -> Tensor:
+        ctx.fault = fault
+        return inputs.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        ctx.fault.reached("backward")
+        return gradient, None
+
+
+class Layer(nn.Module):
+    """A layer whose passes are places for faults."""
+
+    def __init__(self, fault: Fault) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+        self._fault = fault
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if not self.training:
+            self._fault.reached("evaluation")
+        elif torch.is_grad_enabled() and rank() < NUM_STAGES - 1:
+            self._fault.reached("recompute")
+        else:
+            self._fault.reached("forward")
+        return _InBackward.apply(self.linear(inputs), self._fault)
+
+
+class Optimizer(SGD):
+    """Its step is a place for faults."""
+
+    fault: Fault
+
+    def step(self, closure: Any = None) -> None:
+        self.fault.reached("optimizer")
+        super().step(closure)
+
+
+class Samples(Dataset[tuple[Tensor, int]]):
+    """Read by processes of the data loader, each of which leaves its number."""
+
+    def __init__(self, folder: str, fault: Fault) -> None:
+        self._folder = folder
+        self._fault = fault
+
+    def __len__(self) -> int:
+        return 200
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        Path(self._folder, f"loader.{os.getpid()}").touch()
+        if index == FAULT_BATCH * 2:
+            self._fault.reached_now("loader process")
+        return torch.full((6,), float(index)), index % 6
+
+
+def _batches(fault: Fault) -> Iterator[tuple[Tensor, Tensor]]:
+    for index in range(40) if fault.place != "endless loop" else itertools.count():
+        fault.reached("data")
+        yield torch.full((2, 6), float(index)), torch.tensor([0, index % 6])
+
+
+def fail(folder: str, place: str, stage: int, action: str = "raise", timeout_s: float = 60.0) -> None:
+    """Train, evaluate and look at the state; fail on the way."""
+    Path(folder, f"rank.{rank()}").write_text(str(os.getpid()))
+    fault = Fault(folder, place, stage, action)
+    fault.reached_now("before the pipeline")
+    torch.manual_seed(0)
+    Optimizer.fault = fault
+
+    def loss_fn(output: Tensor, target: Tensor) -> Tensor:
+        fault.reached("loss")
+        return cross_entropy(output, target)
+
+    def metric(output: Tensor, target: Tensor) -> float:
+        fault.reached("metric")
+        return 0.0
+
+    pipe = stalewise.Pipeline(
+        [Layer(fault) for _ in range(NUM_STAGES)],
+        method=stalewise.DSP.minimal(num_stages=NUM_STAGES),
+        loss_fn=loss_fn,
+        optimizer=lambda parameters: Optimizer(parameters, lr=0.01),
+        partition=tuple(range(1, NUM_STAGES)),
+        recv_timeout_s=timeout_s,
+    )
+    if "loader" in place:
+        loader = DataLoader(Samples(folder, fault), batch_size=2, num_workers=2, multiprocessing_context="fork")
+        batches: Any = loader
+    else:
+        batches = _batches(fault)
+    for _ in pipe.train(batches if rank() == 0 else None):
+        fault.reached("loop")
+        fault.reached("loop over a loader")
+        fault.reached("endless loop")
+    fault.reached_now("while the others wait for all")
+    pipe.state_dict()
+    pipe.evaluate(_batches(fault) if rank() == 0 else None, metric)
+    fault.reached_now("at the end")

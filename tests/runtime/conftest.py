@@ -1,0 +1,37 @@
+"""One thread, as in the workers: kernels may add in another order with more. And jobs that several tests look at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import dist_workers
+import pytest
+import torch
+
+import stalewise
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def job_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """The folder with the results of the long job of K workers, which is run when first asked for."""
+    folders: dict[int, Path] = {}
+
+    def of(num_workers: int) -> Path:
+        if num_workers not in folders:
+            folder = folders[num_workers] = tmp_path_factory.mktemp(f"job-{num_workers}")
+            if num_workers == 2:
+                stalewise.launch(dist_workers.in_a_group_of_the_users, num_workers=2, args=[str(folder)])
+            else:
+                stalewise.launch(dist_workers.long_run, num_workers=num_workers, args=[str(folder), num_workers])
+        return folders[num_workers]
+
+    return of
