@@ -703,12 +703,40 @@ def test_frozen_stages_pass_gradients_and_have_no_optimizer(name: str) -> None:
     more = {"staleness": (4, 3, 2, 0)} if name in ("dsp", "accumulate", "stashed", "current", "pipemare") else {}
     result = EVERY[name](layers, (2, 4, 5), batches, cross_entropy, momentum_sgd, **more)
     assert [optimizer is None for optimizer in result.optimizers] == [True, False, True, False]
-    moved = [not torch.equal(p, q) for a, b in zip(layers, old, strict=True) for p, q in zip(a.parameters(), b.parameters(), strict=True)]  # fmt: skip  # noqa: E501
-    assert moved == [False] * 4 + [True] * 2 + [False] * 2 + [True] * 2
+    pairs = zip(nn.Sequential(*layers).parameters(), nn.Sequential(*old).parameters(), strict=True)
+    assert [not torch.equal(p, q) for p, q in pairs] == [False] * 4 + [True] * 2 + [False] * 2 + [True] * 2
+    assert all(p.grad is None for p in nn.Sequential(*layers).parameters())
     for (x, t), (old_x, old_t) in zip(batches, before, strict=True):
         assert torch.equal(x, old_x)
         assert torch.equal(t, old_t)
         assert not x.requires_grad
+
+
+class Doubled(nn.Module):
+    """2 h, in place if told."""
+
+    def __init__(self, inplace: bool) -> None:
+        super().__init__()
+        self.inplace = inplace
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h.mul_(2) if self.inplace else h * 2
+
+
+@pytest.mark.parametrize("name", [name for name in EVERY if name not in ("current", "pipemare")])
+def test_first_layers_in_place_and_gradients_left_by_the_caller_change_nothing(name: str) -> None:
+    """In place at the start of every stage; twice would be seen."""
+
+    def train(inplace: bool) -> list[nn.Module]:
+        first, second = cnn()[:2], cnn()[3:]
+        layers = [Doubled(inplace), *first, Doubled(inplace), *second[:3], Doubled(inplace), *second[3:]]
+        if inplace:
+            for p in nn.Sequential(*layers).parameters():
+                p.grad = torch.ones_like(p)
+        EVERY[name](layers, (3, 7), image_batches(6), cross_entropy, momentum_sgd)
+        return layers
+
+    assert_same_layers(train(True), train(False))
 
 
 @pytest.mark.parametrize("staleness", [(0, 1, 0), (2, 2, 1), (2, 0)])

@@ -69,6 +69,8 @@ class Pipeline:
         param_groups: (name, parameter) -> options of the optimizer, such as {"weight_decay": 0.0}; parameters with
             equal options form a group, in order of appearance. Names are those of the unsplit model.
         recv_timeout_s: how long a rank waits for one message of another, in seconds.
+        gradient_difference_every: measure ||grad_BP - G|| / ||grad_BP|| of every stage each so many batches (see
+            `gradient_differences`); None: never. It changes no number of the run.
         verbose: whether rank 0 prints the partition that a profile found.
 
     Attributes:
@@ -96,9 +98,11 @@ class Pipeline:
         param_groups: ParameterOptions | None = None,
         recv_timeout_s: float = 300.0,
         verbose: bool = True,
+        gradient_difference_every: int | None = None,
     ) -> None:
         _check_functions(method, loss_fn, optimizer, lr_scheduler, param_groups)
         _check_numbers(seed, clip_grad_norm, recv_timeout_s)
+        _check_gradient_difference(gradient_difference_every, method)
         self.method = method
         self.cuts: tuple[int, ...] | None = None
         self.partition: Partition | None = None
@@ -111,6 +115,7 @@ class Pipeline:
         self._param_groups = param_groups
         self._recv_timeout_s = recv_timeout_s
         self._verbose = verbose
+        self._gradient_difference_every = gradient_difference_every
         self._job = current_job() if _is_distributed(engine) else None
         if self._job is None:
             self._chain = self._chain.built()
@@ -154,6 +159,16 @@ class Pipeline:
     def traces(self) -> list[Trace]:
         """What each stage did, and when, on the clock of rank 0; on every rank."""
         return [] if self._engine is None else self._engine.traces()
+
+    @property
+    def gradient_differences(self) -> list[tuple[int, list[float | None]]]:
+        """(global batch index, difference per stage) of each measurement so far, on every rank.
+
+        The difference is ||grad_BP - G|| / ||grad_BP||: G is what the stage applied for the batch, grad_BP what
+        backpropagation gives for it with the weights that every stage had after as many updates as batches came before
+        it, with the same masks and batch statistics. None for a stage without trained weights.
+        """
+        return [] if self._engine is None else list(self._engine.gradient_differences)
 
     def statuses(self) -> list[dict[str, Any]]:
         """How each stage is doing: JSON values, updated about twice a second; for displays."""
@@ -300,7 +315,9 @@ class Pipeline:
             for index in stages
         ]
         if self._job is None:
-            self._engine = SequentialEngine(self._program, built)
+            self._engine = SequentialEngine(
+                self._program, built, gradient_difference_every=self._gradient_difference_every
+            )
         else:
             self._engine = DistributedEngine(
                 self._program,
@@ -309,6 +326,7 @@ class Pipeline:
                 plan=self._plan_hash(plan.cuts),
                 recv_timeout_s=self._recv_timeout_s,
                 payload_groups=payload_groups(self._job, self._device),
+                gradient_difference_every=self._gradient_difference_every,
             )
         self.partition = plan
         self.cuts = plan.cuts
@@ -406,3 +424,15 @@ def _check_numbers(seed: Any, clip_grad_norm: Any, recv_timeout_s: Any) -> None:
         is_number = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
         if not is_number and not (value is None and may_be_none):
             raise ConfigError(f"{name} is {value!r}; it must be a number above 0.")
+
+
+def _check_gradient_difference(every: Any, method: Method) -> None:
+    if every is None:
+        return
+    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        raise ConfigError(f"gradient_difference_every is {every!r}; it must be a number of batches, or None.")
+    if any(stage.policy.accumulate > 1 for stage in method.program().stages):
+        raise ConfigError(
+            "gradient_difference_every is on and gradients accumulate over batches; the gradient of one batch is never "
+            "applied by itself then. Use accumulate=1, or leave it out."
+        )

@@ -19,6 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
+from stalewise.engine.memory import StageUsage
 from stalewise.engine.stage import Metric
 from stalewise.engine.tree import Tree
 from stalewise.errors import ConfigError
@@ -38,11 +39,18 @@ class Engine(abc.ABC):
 
     Args:
         program: of the method.
+        gradient_difference_every: batches between measurements of `gradient_probe`; None: never.
+
+    Attributes:
+        gradient_differences: (global index of a batch, difference per stage) of each measurement.
     """
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, *, gradient_difference_every: int | None = None) -> None:
         self.program = program
+        self.gradient_differences: list[tuple[int, list[float | None]]] = []
+        self._gradient_difference_every = gradient_difference_every
         self._loss_lag = program.loss_lag
+        self._backward_lag = max(stage.backward_lag for stage in program.stages)
         self._drain_steps = program.drain_steps
         self._first_batch = 0
         self._entered = 0
@@ -113,7 +121,16 @@ class Engine(abc.ABC):
             self._failed = True
             raise
         self._steps += 1
+        self._measure_gradients(step - self._backward_lag, num_batches)
         return self._losses_until(self._first_batch + step - self._loss_lag)
+
+    def _measure_gradients(self, batch: int, num_batches: int | None) -> None:
+        """Measure batch `batch` of this cycle, which every stage has just backwarded, where that is due."""
+        every = self._gradient_difference_every
+        index = self._first_batch + batch
+        exists = batch >= 0 and (num_batches is None or batch < num_batches)
+        if every is not None and exists and index % every == 0:
+            self.gradient_differences.append((index, self._gradient_difference(index)))
 
     def _check_usable(self) -> None:
         if self._failed:
@@ -151,6 +168,10 @@ class Engine(abc.ABC):
         """Losses not yet given, of the batches up to global index `batch`, in order."""
 
     @abc.abstractmethod
+    def _gradient_difference(self, batch: int) -> list[float | None]:
+        """The difference of each stage, measured now for a batch that every stage has backwarded."""
+
+    @abc.abstractmethod
     def _evaluate(self, batches: Batches | None, metric: Metric) -> float:
         """Pipelined forward of all batches on a drained pipeline."""
 
@@ -178,6 +199,10 @@ class Engine(abc.ABC):
     @abc.abstractmethod
     def traces(self) -> list[Trace]:
         """The records of all stages."""
+
+    @abc.abstractmethod
+    def usages(self) -> list[StageUsage]:
+        """Memory and traffic of all stages so far."""
 
     @abc.abstractmethod
     def statuses(self) -> list[dict[str, Any]]:

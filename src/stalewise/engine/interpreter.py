@@ -12,15 +12,18 @@ only in the links that they give it and in the order in which they let stages go
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from stalewise.engine.messages import Activation, Gradient
+from stalewise.engine.gradient_probe import GradientProbe
+from stalewise.engine.memory import MemoryMeter, StageUsage, resident_bytes
+from stalewise.engine.messages import Activation, Gradient, message_tensors
 from stalewise.engine.stage import Stage
 from stalewise.engine.tree import flatten, unflatten
 from stalewise.errors import ConfigError
@@ -73,12 +76,16 @@ class Interpreter:
         program: its local step.
         links: its messages.
         clock: nanoseconds for the trace.
+        probe: compares this stage's gradients with those of backpropagation, or None.
+        meter: measures this stage's memory after every action, or None.
+        waiting: the tensors in the queues of the links, for the meter.
 
     Attributes:
         batch: global index of the batch last acted on; -1 before the first.
         action: the kind of the action last begun; None before the first.
         time_ns: time spent so far, by kind of action.
         trace: the record.
+        bytes_sent: payload handed to the links in training, headers not counted.
     """
 
     def __init__(
@@ -88,12 +95,19 @@ class Interpreter:
         links: Links,
         *,
         clock: Callable[[], int] = time.perf_counter_ns,
+        probe: GradientProbe | None = None,
+        meter: MemoryMeter | None = None,
+        waiting: Callable[[], Iterable[Tensor]] = tuple,
     ) -> None:
         self.stage = stage
         self.program = program
         self.trace = Trace(stage.index)
         self._losses: deque[tuple[int, Tensor]] = deque()
         self._links = links
+        self.probe = probe
+        self.meter = meter
+        self._waiting = waiting
+        self.bytes_sent = 0
         self._clock = clock
         self._inbox: dict[Unit, Activation] = {}
         self._outbox: dict[Unit, Activation] = {}
@@ -124,12 +138,16 @@ class Interpreter:
             self.batch = first_batch + action.batch
         self.action = action.kind
         if action.batch is None:
+            if self.probe is not None:
+                self.probe.before_update(self.batch)
             self.stage.update()
         else:
             self._act(action.kind, (self.batch, action.micro_batch))
         end = self._clock()
         self.time_ns[action.kind] += end - start
         self.trace.add(action, self.batch, start, end)
+        if self.meter is not None:
+            self.meter.after_action(itertools.chain(self._held(), self._waiting()))
 
     def status(self) -> dict[str, Any]:
         """How the stage is doing, as JSON values; counters grow from the start of the run."""
@@ -142,6 +160,15 @@ class Interpreter:
             "wait_ns": self.waiting_ns,
         }
 
+    def usage(self) -> StageUsage:
+        """Memory and traffic of the stage so far."""
+        return StageUsage(
+            peak=None if self.meter is None else self.meter.peak,
+            peaks=None if self.meter is None else self.meter.peaks,
+            resident_bytes=resident_bytes(),
+            bytes_sent=self.bytes_sent,
+        )
+
     def take_losses(self, batch: int) -> list[Tensor]:
         """The losses not yet taken, of the batches up to global index `batch`, in order."""
         taken = []
@@ -149,11 +176,25 @@ class Interpreter:
             taken.append(self._losses.popleft()[1])
         return taken
 
+    def _held(self) -> Iterator[Tensor]:
+        """What came and was not used yet, or was made and not sent yet, and losses that nobody took yet."""
+        for activation in (*self._inbox.values(), *self._outbox.values(), *self._to_predict.values()):
+            yield from message_tensors(activation)
+        for gradient in (*self._gradients.values(), *self._input_gradients.values()):
+            yield from message_tensors(gradient)
+        yield from self._partial_losses.values()
+        yield from self._losses_to_send.values()
+        for _, loss in self._losses:
+            yield loss
+
     def _act(self, kind: Kind, unit: Unit) -> None:
         batch = unit[0]
         match kind:
             case Kind.LOAD:
-                for part in split_batch(self._links.load(batch), self.program.policy.micro_batches):
+                loaded = self._links.load(batch)
+                if self.probe is not None:
+                    self.probe.keep_input(loaded, batch)
+                for part in split_batch(loaded, self.program.policy.micro_batches):
                     self._inbox[batch, part.micro_batch] = part
             case Kind.RECEIVE_ACTIVATION:
                 self._inbox[unit] = self._links.receive_activation(batch)
@@ -164,7 +205,9 @@ class Interpreter:
                 if self.stage.synthesizer is not None:
                     self._to_predict[batch] = output
             case Kind.SEND_ACTIVATION:
-                self._links.send_activation(batch, self._outbox.pop(unit))
+                output = self._outbox.pop(unit)
+                self.bytes_sent += _size(message_tensors(output))
+                self._links.send_activation(batch, output)
             case Kind.RECOMPUTE:
                 self.stage.recompute(*unit)
             case Kind.RECEIVE_GRADIENT:
@@ -172,14 +215,18 @@ class Interpreter:
             case Kind.BACKWARD:
                 self._backward(unit)
             case Kind.SEND_GRADIENT:
-                self._links.send_gradient(batch, self._input_gradients.pop(unit))
+                gradient = self._input_gradients.pop(unit)
+                self.bytes_sent += _size(message_tensors(gradient))
+                self._links.send_gradient(batch, gradient)
             case Kind.SYNTHESIZE:
                 predicted = self.stage.synthesize(self._to_predict.pop(batch), batch)
                 self._gradients[unit] = Gradient(predicted, None)
             case Kind.TRAIN_SYNTHESIZER:
                 self.stage.train_synthesizer(self._gradients.pop(unit).values, batch)
             case Kind.SEND_LOSS:
-                self._links.send_loss(batch, self._losses_to_send.pop(batch))
+                loss = self._losses_to_send.pop(batch)
+                self.bytes_sent += _size([loss])
+                self._links.send_loss(batch, loss)
             case Kind.RECEIVE_LOSS:
                 self._add_loss(batch, self._links.receive_loss(batch))
             case Kind.SEND_TOKEN:
@@ -211,6 +258,11 @@ class Interpreter:
         self._losses.append((batch, loss))
         if self._tells_losses:
             self._losses_to_send[batch] = loss
+
+
+def _size(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the elements; not of the storages, of which a view may show a part."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def split_batch(activation: Activation, parts: int) -> list[Activation]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from torch import Tensor
 
-from stalewise.engine.tree import Structure, Tree
+from stalewise.engine.tree import Structure, Tree, flatten
 
-__all__ = ["Activation", "Gradient"]
+__all__ = ["Activation", "Gradient", "message_tensors"]
 
 
 class Activation(NamedTuple):
@@ -31,3 +32,9 @@ class Gradient(NamedTuple):
     values: list[Tensor | None]
     loss: Tensor | None
     micro_batch: int | None = None
+
+
+def message_tensors(message: Activation | Gradient) -> Iterator[Tensor]:
+    """The tensors of a message: values and target, or gradients and loss."""
+    rest = flatten(message.target)[0] if isinstance(message, Activation) else [message.loss]
+    yield from (tensor for tensor in (*message.values, *rest) if tensor is not None)

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stalewise.errors import ConfigError
+from stalewise.plan.saved_tensors import SavedTensor, SavedTensorLog
 from stalewise.protocol.policy import BackwardWeights
 
 __all__ = ["DiscrepancyCorrection", "SavedWeights"]
@@ -38,14 +38,6 @@ class _Weight:
     size: tuple[int, ...]
     stride: tuple[int, ...]
     offset: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Other:
-    """Anything else that autograd saved."""
-
-    tensor: Tensor
-    changes: int
 
 
 class DiscrepancyCorrection:
@@ -107,17 +99,23 @@ class SavedWeights:
         self._estimates: dict[int, Tensor] = {}
         self._version_of: dict[Unit, int] = {}
 
-    def recording(self, unit: Unit) -> AbstractContextManager[object]:
-        """Inside, the graph of this batch is built."""
+    def recording(self, unit: Unit, log: SavedTensorLog | None = None) -> AbstractContextManager[object]:
+        """Inside, the graph of this batch is built.
+
+        Args:
+            unit: batch and micro-batch.
+            log: is told what is saved besides weights, or None.
+        """
+        keep = SavedTensor.of if log is None else log.pack
         places = {parameter.untyped_storage().data_ptr(): index for index, parameter in enumerate(self._parameters)}
         version = self._version
         self._users.setdefault(version, set()).add(unit)
         self._version_of[unit] = version
 
-        def pack(tensor: Tensor) -> _Weight | _Other:
+        def pack(tensor: Tensor) -> _Weight | SavedTensor:
             index = places.get(tensor.untyped_storage().data_ptr())
             if index is None or tensor.numel() == 0:
-                return _Other(tensor.detach(), tensor._version)
+                return keep(tensor)
             self._needed.add(index)
             return _Weight(index, version, tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
 
@@ -150,14 +148,14 @@ class SavedWeights:
         """The copies that are held now."""
         return [tensor for copies in self._stash.values() for tensor in copies.values()]
 
-    def _unpack(self, saved: _Weight | _Other) -> Tensor:
-        if isinstance(saved, _Other):
-            if saved.tensor._version != saved.changes:
-                raise ConfigError(
-                    "a tensor that the backward needs was changed in place after the forward; autograd would give a "
-                    "wrong gradient. Use the out-of-place form of the operation that changes it."
-                )
-            return saved.tensor
+    def held(self) -> list[Tensor]:
+        """Everything beside the weights themselves: stashed copies, averages of their change, estimates."""
+        deltas = [] if self._correction is None else self._correction.deltas
+        return [*self.stashed(), *deltas, *self._estimates.values()]
+
+    def _unpack(self, saved: _Weight | SavedTensor) -> Tensor:
+        if isinstance(saved, SavedTensor):
+            return saved.unpack()
         if self._stashes:
             stash = self._stash.get(saved.version)
             source = self._parameters[saved.index].detach() if stash is None else stash[saved.index]

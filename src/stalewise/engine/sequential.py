@@ -11,7 +11,7 @@ yet, and taken up again in the next sweep over the stages:
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, TypeVar
 
@@ -19,8 +19,10 @@ from torch import Tensor
 
 from stalewise.engine.engine import Batches, Engine
 from stalewise.engine.feed import Feed
+from stalewise.engine.gradient_probe import GradientProbe
 from stalewise.engine.interpreter import Interpreter
-from stalewise.engine.messages import Activation, Gradient
+from stalewise.engine.memory import MemoryMeter, StageUsage
+from stalewise.engine.messages import Activation, Gradient, message_tensors
 from stalewise.engine.score import Score, mean
 from stalewise.engine.stage import Metric, Stage
 from stalewise.engine.state import (
@@ -44,19 +46,38 @@ class SequentialEngine(Engine):
     Args:
         program: of the method.
         stages: all K of them, on one device.
+        gradient_difference_every: see `Engine`.
+        measure_memory: whether to measure what the stages hold; see `engine.memory`.
     """
 
-    def __init__(self, program: Program, stages: Sequence[Stage]) -> None:
-        super().__init__(program)
+    def __init__(
+        self,
+        program: Program,
+        stages: Sequence[Stage],
+        *,
+        gradient_difference_every: int | None = None,
+        measure_memory: bool = False,
+    ) -> None:
+        super().__init__(program, gradient_difference_every=gradient_difference_every)
+        every = gradient_difference_every
+        self._probes = [] if every is None else [GradientProbe(stage, every=every) for stage in stages]
         self.stages = tuple(stages)
         self._feed = Feed((), self.stages[0].device)
         self._drain = True
         self._links = [_LocalLinks(self) for _ in stages]
         for upper, lower in zip(self._links, self._links[1:], strict=False):
             upper.after, lower.before = lower, upper
+        self._meters = [MemoryMeter(stage, max_lag=program.max_lag) for stage in stages] if measure_memory else []
         self._interpreters = [
-            Interpreter(stage, stage_program, links)
-            for stage, stage_program, links in zip(stages, program.stages, self._links, strict=True)
+            Interpreter(
+                stage,
+                program.stages[stage.index],
+                links,
+                probe=self._probes[stage.index] if every else None,
+                meter=self._meters[stage.index] if measure_memory else None,
+                waiting=links.waiting,
+            )
+            for stage, links in zip(stages, self._links, strict=True)
         ]
 
     @property
@@ -82,6 +103,8 @@ class SequentialEngine(Engine):
         pass
 
     def _execute_step(self, step: int, num_batches: int | None) -> None:
+        for meter in self._meters:
+            meter.begin_step(step)
         streams = [deque(stage.step(step, num_batches, first_batch=self._first_batch)) for stage in self.program.stages]
         while any(streams):
             progress = False
@@ -96,6 +119,15 @@ class SequentialEngine(Engine):
     def _losses_until(self, batch: int) -> list[Tensor]:
         first, *_ = [interpreter.take_losses(batch) for interpreter in self._interpreters]
         return first
+
+    def _gradient_difference(self, batch: int) -> list[float | None]:
+        activation = self._probes[0].take_input(batch)
+        for probe in self._probes:
+            activation = probe.forward(activation, batch)
+        gradients = None
+        for probe in reversed(self._probes):
+            gradients = probe.backward(gradients)
+        return [probe.difference(batch) for probe in self._probes]
 
     def _evaluate(self, batches: Batches | None, metric: Metric) -> float:
         feed = Feed(batches, self.stages[0].device)
@@ -125,6 +157,9 @@ class SequentialEngine(Engine):
     def load_optimizer_state_dict(self, state: Mapping[str, Any]) -> None:
         for stage in self.stages:
             load_optimizer_state(stage, state)
+
+    def usages(self) -> list[StageUsage]:
+        return [interpreter.usage() for interpreter in self._interpreters]
 
     def statuses(self) -> list[dict[str, Any]]:
         return [interpreter.status() for interpreter in self._interpreters]
@@ -159,6 +194,15 @@ class _LocalLinks:
         if action.kind is Kind.RECEIVE_TOKEN:
             return bool(self._tokens)
         return True
+
+    def waiting(self) -> Iterator[Tensor]:
+        """What was sent to this stage and not received yet."""
+        for _, activation in self._activations:
+            yield from message_tensors(activation)
+        for _, gradient in self._gradients:
+            yield from message_tensors(gradient)
+        for _, loss in self._losses:
+            yield loss
 
     def load(self, batch: int) -> Activation:
         return self._engine.next_batch()

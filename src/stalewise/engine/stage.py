@@ -15,7 +15,7 @@ Random layers, buffers and layers that work in place follow dsp.md, section 3: s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -30,8 +30,9 @@ from stalewise.engine.messages import Activation
 from stalewise.engine.randomness import random_stream, stream_seed
 from stalewise.engine.saved_weights import DiscrepancyCorrection, SavedWeights
 from stalewise.engine.synthesizer import Synthesizer
-from stalewise.engine.tree import Structure, Tree, flatten, unflatten
+from stalewise.engine.tree import Structure, Tree, flatten, to_device, unflatten
 from stalewise.errors import ConfigError
+from stalewise.plan.saved_tensors import SavedTensorLog
 from stalewise.protocol.program import NO_PROGRAM, StageProgram
 
 __all__ = ["LossFunction", "Metric", "Stage"]
@@ -112,6 +113,7 @@ class Stage:
         self._staleness = program.backward_lag
         self._gradients_added = 0
         self._saved_weights = _saved_weights(list(module.parameters()), program)
+        self._saved_tensors: SavedTensorLog | None = None
         self.synthesizer: Synthesizer | None = None
         if program.policy.synthesizer is not None:
             self.synthesizer = Synthesizer(program.policy.synthesizer, seed=stream_seed(seed, index, -1), device=device)
@@ -215,6 +217,50 @@ class Stage:
         self._evaluation_isolation.check(inputs, batch)
         return activation._replace(values=[self._sendable(value) for value in values], structure=structure)
 
+    def forward_with(
+        self, weights: Mapping[str, Tensor], activation: Activation, batch: int
+    ) -> tuple[list[Tensor], list[Tensor], Activation]:
+        """Forward a batch with other weights, with a graph that the caller keeps; the stage stays as it is.
+
+        Returns:
+            The leaves that collect the input's gradients, the outputs with their graph (on the last stage the loss),
+            and the output to send.
+        """
+        leaves = [
+            value.detach().clone().requires_grad_(not self.is_first and _has_gradient(value))
+            for value in activation.values
+        ]
+        inputs = [leaf.clone() for leaf in leaves]
+        stream = random_stream(stream_seed(self._seed, self.index, batch), self.device)
+        with stream, unchanged_buffers(self.module), torch.enable_grad():
+            tree = unflatten(activation.structure, inputs)
+            output = torch.func.functional_call(self.module, dict(weights), (tree,))
+            if self.is_last:
+                output = self._loss_fn(output, to_device(activation.target, self.device))
+            values, structure = flatten(output)
+        sent = activation._replace(values=[dense(value.detach()) for value in values], structure=structure)
+        return leaves, values, sent
+
+    def log_saved_tensors(self) -> None:
+        """From now on know what autograd saves, for `graph_tensors`."""
+        self._saved_tensors = SavedTensorLog()
+
+    def stored_tensors(self) -> list[Tensor]:
+        """Inputs and targets of the batches in between, and outputs that a synthesizer keeps."""
+        targets = [flatten(stored.target)[0] for stored in self._stored.values()]
+        inputs = [stored.values for stored in self._stored.values()]
+        kept = [] if self.synthesizer is None else self.synthesizer.kept()
+        return [tensor for tensors in (*inputs, *targets, kept) for tensor in tensors]
+
+    def graph_tensors(self) -> list[Tensor]:
+        """Outputs of the graphs that are kept and what autograd saved in them; the latter only where it is logged."""
+        outputs = [tensor for graph in self._graphs.values() for tensor in graph.outputs]
+        return outputs + ([] if self._saved_tensors is None else self._saved_tensors.alive())
+
+    def weight_copies(self) -> list[Tensor]:
+        """What is kept because weights change under stored graphs; see `SavedWeights.held`."""
+        return [] if self._saved_weights is None else self._saved_weights.held()
+
     @contextmanager
     def evaluation_mode(self) -> Iterator[None]:
         """Every module in eval mode inside; each in its own mode after."""
@@ -239,7 +285,7 @@ class Stage:
             leaves, inputs = self._isolation.inputs(stored.values, with_graph=with_graph)
             output = self.module(unflatten(stored.structure, inputs))
             if self.is_last:
-                output = self._checked_loss(self._loss_fn(output, stored.target))
+                output = self._checked_loss(self._loss_fn(output, to_device(stored.target, self.device)))
             values, structure = flatten(output)
         self._isolation.check(inputs, unit[0])
         if with_graph:
@@ -247,7 +293,9 @@ class Stage:
         return values, structure
 
     def _building_graph(self, unit: Unit) -> AbstractContextManager[object]:
-        return nullcontext() if self._saved_weights is None else self._saved_weights.recording(unit)
+        if self._saved_weights is not None:
+            return self._saved_weights.recording(unit, self._saved_tensors)
+        return nullcontext() if self._saved_tensors is None else self._saved_tensors.recording()
 
     def _loss_gradient(self, graph: _Graph) -> list[Tensor | None]:
         """Of the batch's loss with respect to this part's: its share of the samples."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from stalewise.engine.buffers import unchanged_buffers
 from stalewise.engine.randomness import preserved_random_state
 from stalewise.errors import ConfigError
 from stalewise.protocol.policy import SynthesizerPolicy
@@ -67,7 +68,7 @@ class Synthesizer:
         """The synthetic gradient of `output`, of its shape; the output is kept until the true one comes."""
         module = self._module_for(output)
         self._outputs[batch] = output
-        with torch.no_grad():
+        with torch.no_grad(), unchanged_buffers(module):
             predicted: Tensor = module(output) / output.shape[0]
         return predicted
 

@@ -22,6 +22,8 @@ from stalewise.plan.split import best_cuts
 
 __all__ = ["LayerCost", "Partition", "StageCost", "check_cuts", "fixed_partition", "partition"]
 
+_MEMORY_FIELDS = ("graph_bytes", "unsaved_output_bytes", "weight_bytes", "gradient_bytes", "saved_weight_bytes")
+
 
 @dataclass(frozen=True, kw_only=True)
 class LayerCost:
@@ -31,6 +33,13 @@ class LayerCost:
         forward_s: seconds of its forward; None where it is unknown.
         backward_s: seconds of its backward; None where it is unknown.
         output_bytes: size of its output; None where it is unknown.
+        graph_bytes: what its forward leaves for the backward, and its output, but neither its input nor its weights
+            (of the last layer: with the loss for an output); None where it is unknown.
+        unsaved_output_bytes: of that, the part of its output that no backward needs, neither its own nor that of the
+            layers after it: it is let go unless the stage ends here; None where it is unknown.
+        weight_bytes: of its parameters and buffers; None where it is unknown.
+        gradient_bytes: of its parameters that are trained; None where it is unknown.
+        saved_weight_bytes: of its parameters that the backward needs, which stashing copies; None where it is unknown.
         parameters: number of weights, frozen ones included.
         name: its place in the model, such as "blocks.3".
         type: its class, such as "BasicBlock".
@@ -42,12 +51,17 @@ class LayerCost:
     forward_s: float | None = None
     backward_s: float | None = None
     output_bytes: int | None = None
+    graph_bytes: int | None = None
+    unsaved_output_bytes: int | None = None
+    weight_bytes: int | None = None
+    gradient_bytes: int | None = None
+    saved_weight_bytes: int | None = None
     parameters: int
     name: str
     type: str
 
     def __post_init__(self) -> None:
-        for field in ("forward_s", "backward_s", "output_bytes", "parameters"):
+        for field in ("forward_s", "backward_s", "output_bytes", *_MEMORY_FIELDS, "parameters"):
             value = getattr(self, field)
             if value is not None and not (math.isfinite(value) and value >= 0):
                 raise PlanError(
@@ -174,6 +188,7 @@ class Partition:
                     "forward_s": layer.forward_s,
                     "backward_s": layer.backward_s,
                     "output_bytes": layer.output_bytes,
+                    **{field: getattr(layer, field) for field in _MEMORY_FIELDS},
                 }
                 for index, layer in enumerate(self.layers)
             ],

@@ -1,4 +1,4 @@
-"""How long each layer takes, measured with one batch on the device that will run it.
+"""How long each layer takes and what it keeps, measured with one batch on the device that will run it.
 
     inputs -> layer 0 -> x_1 -> layer 1 -> x_2 -> .. -> layer L-1 -> output -> loss_fn(output, targets)
                           |                 |
@@ -7,6 +7,7 @@
 A layer is timed in its place, with the value that reaches it, but alone: the gradient of its output is made
 outside of the timed part, and only the last layer is timed with the loss. Every layer but the first also
 gives the gradient of its input, as in a pipeline. What a layer is given is a copy, so it may work in place.
+What it keeps for its backward is seen in the pass that warms it up, which is not timed.
 """
 
 from __future__ import annotations
@@ -15,15 +16,18 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from stalewise.errors import PlanError
+from stalewise.plan.layer_graph import LayerGraph, graph_of, unsaved_outputs
 from stalewise.plan.partition import LayerCost
+from stalewise.plan.saved_tensors import SavedTensorLog
 from stalewise.plan.scratch import preserved_random_state, scratch_copy
+from stalewise.plan.storage import storages
 from stalewise.plan.tree import describe, map_tensors, tensors
 
 __all__ = ["profile_layers"]
@@ -63,8 +67,9 @@ def profile_layers(
             at least one.
 
     Returns:
-        One cost per layer: times in seconds, the output's size in bytes. The backward of a layer that needs
-        no gradient (neither weights to train nor an input that has one) takes 0 s.
+        One cost per layer: times in seconds, sizes in bytes. The backward of a layer that needs no gradient (neither
+        weights to train nor an input that has one) takes 0 s. What is kept for the backward is unknown (None) for a
+        layer inside which torch forbids saved-tensor hooks, such as one that uses `torch.func.grad`.
 
     Raises:
         PlanError: where an argument is not valid, and where a layer fails: it then names the layer, and its
@@ -74,6 +79,7 @@ def profile_layers(
     _check_arguments(layers, names, device, repeats, budget_s)
     deadline = time.perf_counter() + budget_s
     costs: list[LayerCost] = []
+    graphs: list[LayerGraph | None] = []
     loss_copy = scratch_copy(loss_fn, device) if isinstance(loss_fn, nn.Module) else nullcontext()
     with _quiet(device), loss_copy:
         value = map_tensors(lambda tensor: tensor.detach().to(device), inputs)
@@ -89,9 +95,11 @@ def profile_layers(
                 device=device,
             )
             budget = max(0.0, deadline - time.perf_counter()) / left
-            cost, value = _profile_layer(layer, name, bench, repeats, budget)
+            cost, graph, value = _profile_layer(layer, name, bench, repeats, budget)
             costs.append(cost)
-    return costs
+            graphs.append(graph)
+    unsaved = unsaved_outputs(graphs)
+    return [replace(cost, unsaved_output_bytes=size) for cost, size in zip(costs, unsaved, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -114,8 +122,13 @@ class _Bench:
     targets: Any
     device: torch.device
 
-    def run(self, layer: nn.Module) -> tuple[float, float, Any]:
-        """One pass: seconds of the forward, seconds of the backward, and the detached output."""
+    def run(self, layer: nn.Module, log: SavedTensorLog | None = None) -> tuple[float, float, LayerGraph | None, Any]:
+        """One pass: seconds of the forward and of the backward, what was kept in between, and the detached output.
+
+        Args:
+            layer: to pass.
+            log: to see what is kept, which slows the pass down; None for nothing.
+        """
         wanted: list[Tensor] = []
 
         def fresh(tensor: Tensor) -> Tensor:
@@ -125,17 +138,29 @@ class _Bench:
             return wanted[-1].clone()
 
         def forward() -> tuple[Any, Any]:
-            output = layer(argument)
-            return output, output if self.loss_fn is None else self.loss_fn(output, targets)
+            with nullcontext() if log is None else log.recording():
+                output = layer(argument)
+                return output, output if self.loss_fn is None else self.loss_fn(output, targets)
 
         argument = map_tensors(fresh, self.argument)
         targets = None if self.loss_fn is None else map_tensors(torch.clone, self.targets)
+        buffers = list(layer.buffers())
         with self.blame("forward"):
             (output, end), forward_s = _timed(forward, self.device)
         if self.loss_fn is not None and not (isinstance(end, Tensor) and end.numel() == 1):
             raise PlanError(
                 f"loss_fn returned {describe(end)} for the output {describe(output)} of {self.place}; a loss "
                 "is a tensor with one element. Return the mean over the batch."
+            )
+        graph = None
+        if log is not None:
+            graph = graph_of(
+                layer,
+                saved=log.alive(),
+                inputs=list(tensors(argument)),
+                outputs=list(tensors(output)) if self.loss_fn is None else (),
+                loss=() if self.loss_fn is None else [end],
+                elsewhere=[*buffers, *tensors(targets)],
             )
         roots = [tensor for tensor in tensors(end) if tensor.requires_grad]
         wanted.extend(weight for weight in layer.parameters() if weight.requires_grad)
@@ -147,7 +172,7 @@ class _Bench:
                 _, backward_s = _timed(
                     lambda: torch.autograd.grad(roots, wanted, gradients, allow_unused=True), self.device
                 )
-        return forward_s, backward_s, map_tensors(Tensor.detach, output)
+        return forward_s, backward_s, graph, map_tensors(Tensor.detach, output)
 
     @contextmanager
     def blame(self, phase: str) -> Iterator[None]:
@@ -171,8 +196,8 @@ class _Bench:
 
 def _profile_layer(
     source: nn.Module | Callable[[], nn.Module], name: str, bench: _Bench, repeats: int, budget_s: float
-) -> tuple[LayerCost, Any]:
-    """The cost of one layer, and its output; a layer that is built here is dropped when it returns."""
+) -> tuple[LayerCost, LayerGraph | None, Any]:
+    """The cost of one layer, its graph and its output; a layer that is built here is dropped when it returns."""
     if isinstance(source, nn.Module):
         layer = source
     else:
@@ -192,25 +217,33 @@ def _profile_layer(
         with bench.blame("copy"):
             scratch.enter_context(scratch_copy(layer, bench.device))
         start = time.perf_counter()
-        *_, output = bench.run(layer)
+        try:
+            *_, graph, output = bench.run(layer, SavedTensorLog())
+        except PlanError:
+            # Torch forbids hooks inside some functions (torch.func.grad); whatever else failed fails again.
+            *_, graph, output = bench.run(layer)
         passes: list[tuple[float, float]] = []
         while len(passes) < repeats:
             used_s = time.perf_counter() - start
             if passes and used_s + used_s / (1 + len(passes)) > budget_s:
                 break
             del output
-            *times, output = bench.run(layer)
+            *times, _, output = bench.run(layer)
             passes.append((times[0], times[1]))
     forward_s, backward_s = (statistics.median(column) for column in zip(*passes, strict=True))
     cost = LayerCost(
         forward_s=forward_s,
         backward_s=backward_s,
         output_bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors(output)),
+        graph_bytes=None if graph is None else graph.graph_bytes,
+        weight_bytes=sum(storages([*layer.parameters(), *layer.buffers()]).values()),
+        gradient_bytes=sum(w.numel() * w.element_size() for w in layer.parameters() if w.requires_grad),
+        saved_weight_bytes=None if graph is None else graph.saved_weight_bytes,
         parameters=sum(weight.numel() for weight in layer.parameters()),
         name=name,
         type=type(layer).__name__,
     )
-    return cost, output
+    return cost, graph, output
 
 
 def _timed(work: Callable[[], _T], device: torch.device) -> tuple[_T, float]:

@@ -28,7 +28,7 @@ from stalewise.errors import ProgramError
 from stalewise.protocol.actions import Action, Kind
 from stalewise.protocol.program import Program, StageProgram
 
-__all__ = ["check", "violations"]
+__all__ = ["DryRun", "StageState", "check", "violations"]
 
 Unit = tuple[int, int | None]
 """Batch and micro-batch."""
@@ -64,12 +64,14 @@ def run_streams(program: Program, streams: list[list[Action]], num_batches: int)
     """The same for explicit streams of actions, one per stage, that claim to execute `program`."""
     found: dict[str, None] = {}
     for upstream_first in (True, False):
-        found.update(dict.fromkeys(_DryRun(program, streams, num_batches).run(upstream_first=upstream_first)))
+        found.update(dict.fromkeys(DryRun(program, streams, num_batches).run(upstream_first=upstream_first)))
     return list(found)
 
 
 @dataclass
-class _StageState:
+class StageState:
+    """Which batches (and micro-batches) a stage holds, by what it holds of them."""
+
     forwarded: list[Unit] = field(default_factory=list)
     backwarded: list[Unit] = field(default_factory=list)
     received: set[Unit] = field(default_factory=set)
@@ -85,15 +87,27 @@ class _StageState:
     updates: int = 0
 
 
-class _DryRun:
-    """Executes streams on states that only remember which batches are where."""
+class DryRun:
+    """Executes streams on states that only remember which batches are where.
+
+    Args:
+        program: that the streams claim to execute.
+        streams: the actions of each stage.
+        num_batches: that enter.
+
+    Attributes:
+        streams: what is left of them.
+        stages: what each stage holds.
+        activations: on their way to each stage, from the one before.
+        gradients: on their way to each stage, from the one after.
+    """
 
     def __init__(self, program: Program, streams: list[list[Action]], num_batches: int) -> None:
         self.program = program
         self.num_batches = num_batches
         self.last = program.num_stages - 1
         self.streams = [deque(stream) for stream in streams]
-        self.stages = [_StageState() for _ in streams]
+        self.stages = [StageState() for _ in streams]
         self.activations: list[deque[Unit]] = [deque() for _ in streams]
         self.gradients: list[deque[Unit]] = [deque() for _ in streams]
         self.losses: list[deque[Unit]] = [deque() for _ in streams]
@@ -105,19 +119,23 @@ class _DryRun:
     def run(self, *, upstream_first: bool) -> Iterator[str]:
         order = range(self.last + 1) if upstream_first else range(self.last, -1, -1)
         while any(self.streams):
-            stage = next((stage for stage in order if self._ready(stage)), None)
+            stage = next((stage for stage in order if self.ready(stage)), None)
             if stage is None:
                 blocked = ", ".join(
                     f"stage {stage} waits at {stream[0]}" for stage, stream in enumerate(self.streams) if stream
                 )
                 yield f"V9: deadlock: {blocked}, and no message is on its way."
                 return
-            action = self.streams[stage].popleft()
-            for rule, text in self._execute(stage, action):
-                yield f"{rule}: stage {stage}, {action}: {text}"
+            yield from self.act(stage)
         yield from self._at_the_end()
 
-    def _ready(self, stage: int) -> bool:
+    def act(self, stage: int) -> list[str]:
+        """Execute the next action of a stage that is ready; returns the violations."""
+        action = self.streams[stage].popleft()
+        return [f"{rule}: stage {stage}, {action}: {text}" for rule, text in self._execute(stage, action)]
+
+    def ready(self, stage: int) -> bool:
+        """Whether a stage has an action left, and what that needs of others is there."""
         if not self.streams[stage]:
             return False
         kind = self.streams[stage][0].kind
@@ -219,7 +237,7 @@ class _DryRun:
                     batches = sorted(batch for batch, _ in state.graphs)
                     yield "V4", f"changes the weights that the graphs of batches {batches} were built with."
 
-    def _forward(self, stage: int, state: _StageState, unit: Unit) -> Iterable[tuple[str, str]]:
+    def _forward(self, stage: int, state: StageState, unit: Unit) -> Iterable[tuple[str, str]]:
         yield from _remove("V4", state.received, unit, "was not received")
         yield from _in_order("V2", state.forwarded, unit)
         state.forwarded.append(unit)
@@ -235,7 +253,7 @@ class _DryRun:
         if stage < self.last:
             state.outputs.add(unit)
 
-    def _backward(self, stage: int, state: _StageState, unit: Unit) -> Iterable[tuple[str, str]]:
+    def _backward(self, stage: int, state: StageState, unit: Unit) -> Iterable[tuple[str, str]]:
         yield from _in_order("V3", state.backwarded, unit)
         yield from _remove("V4", state.graphs, unit, "has no graph")
         if stage < self.last:
@@ -312,7 +330,7 @@ def _remove(rule: str, units: set[Unit], unit: Unit, text: str) -> Iterable[tupl
     units.discard(unit)
 
 
-def _arrive(state: _StageState, unit: Unit) -> Iterable[tuple[str, str]]:
+def _arrive(state: StageState, unit: Unit) -> Iterable[tuple[str, str]]:
     if unit in state.received or unit in state.forwarded:
         yield "V2", "came before."
     elif state.last_received is not None and (unit[0], unit[1] or 0) < (

@@ -1,8 +1,4 @@
-"""The figures of a report, each as an SVG text for a page.
-
-A figure scales with the page, carries its title for screen readers, and is a function of its arguments alone:
-no date, no random identifier, no state shared between figures. Text stays text, so it is small, can be
-searched, and takes the font of the page.
+"""The figures of a run's report, each as an SVG text for a page (`report.svg`).
 
 Colours are told apart by people with any colour vision: blue for the forward pass (light blue where it is
 repeated), orange for the backward pass, and neighbours differ in lightness as well. Waiting is hatched.
@@ -11,10 +7,7 @@ repeated), orange for the backward pass, and neighbours differ in lightness as w
 from __future__ import annotations
 
 import math
-import re
-import warnings
-from collections.abc import Callable, Sequence
-from io import StringIO
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -24,6 +17,7 @@ from stalewise.errors import ConfigError
 from stalewise.protocol.actions import Kind
 from stalewise.protocol.trace import KIND_CODES
 from stalewise.report.run_folder import BatchPoint, EpochPoint, Partition
+from stalewise.report.svg import FAINT, HATCH, INK, MUTED, draw_svg
 from stalewise.report.timeline import Activity, Timeline, Usage, Window
 from stalewise.report.wording import duration, percent
 
@@ -39,7 +33,6 @@ __all__ = [
     "timeline_picture",
 ]
 
-_INK, _MUTED, _FAINT = "#1f2937", "#6b7280", "#e5e7eb"
 _RAW, _LINE, _SECOND = "#b9cde6", "#2f5d9b", "#d9822b"
 
 COLOURS = {
@@ -47,48 +40,27 @@ COLOURS = {
     Activity.RECOMPUTE: "#a3c6ea",
     Activity.BACKWARD: "#eda549",
     Activity.UPDATE: "#7b4b94",
+    Activity.SYNTHESIZE: "#c98fa8",
     Activity.SEND: "#4a9d8e",
     Activity.UNRECORDED: "#ffffff",
 }
-_WAIT_FACE, _WAIT_HATCH = "#f4f5f7", "#c5cad3"
+_WAIT_FACE = "#f4f5f7"
 _DARK = (Activity.FORWARD, Activity.UPDATE, Activity.SEND)
 """Activities whose colour needs white text."""
 
 _STAGES = ("#4b5a78", "#a9bccf", "#557a72", "#b9d0bb", "#765a78", "#d0b8cc", "#7b684d", "#dac9a6")
 """Dark and light by turns, so that neighbours differ without any hue; none is the colour of an activity."""
-_SHOWN = (Activity.FORWARD, Activity.RECOMPUTE, Activity.BACKWARD, Activity.UPDATE, Activity.SEND)
+_SHOWN = (
+    Activity.FORWARD,
+    Activity.RECOMPUTE,
+    Activity.BACKWARD,
+    Activity.UPDATE,
+    Activity.SYNTHESIZE,
+    Activity.SEND,
+)
+_NOT_ALWAYS = {Activity.RECOMPUTE: (Kind.RECOMPUTE,), Activity.SYNTHESIZE: (Kind.SYNTHESIZE, Kind.TRAIN_SYNTHESIZER)}
+"""Activities that only some methods have, and their kinds."""
 
-_STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "stalewise",
-    "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans"],
-    "font.size": 11,
-    "text.parse_math": False,
-    "text.color": _INK,
-    "axes.edgecolor": "#9ca3af",
-    "axes.labelcolor": _MUTED,
-    "axes.linewidth": 0.8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "axes.axisbelow": True,
-    "grid.color": _FAINT,
-    "grid.linewidth": 0.8,
-    "hatch.color": _WAIT_HATCH,
-    "hatch.linewidth": 1.0,
-    "xtick.color": "#9ca3af",
-    "ytick.color": "#9ca3af",
-    "xtick.labelcolor": _MUTED,
-    "ytick.labelcolor": _MUTED,
-    "xtick.labelsize": 10,
-    "ytick.labelsize": 10,
-    "ytick.major.size": 0,
-    "legend.frameon": False,
-    "legend.fontsize": 10.5,
-    "path.simplify": True,
-}
 _CURVE_WIDTH, _CURVE_HEIGHT, _WIDE = 520, 300, 1080
 _MAX_POINTS = 600
 
@@ -148,7 +120,7 @@ def loss_curve(batches: Sequence[BatchPoint], epochs: Sequence[EpochPoint]) -> s
         if points or tests:
             axes.legend(loc="best", handlelength=1.6)
 
-    return _svg(draw, _CURVE_WIDTH, _CURVE_HEIGHT, "loss", "Training loss by batch and test loss by epoch")
+    return draw_svg(draw, _CURVE_WIDTH, _CURVE_HEIGHT, "loss", "Training loss by batch and test loss by epoch")
 
 
 def accuracy_curve(epochs: Sequence[EpochPoint]) -> str:
@@ -190,7 +162,7 @@ def accuracy_curve(epochs: Sequence[EpochPoint]) -> str:
         axes.set_yticks([tick for tick in axes.get_yticks() if low <= tick <= min(high, 1.0)])
         axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0 if span > 0.1 else 1))
 
-    return _svg(draw, _CURVE_WIDTH, _CURVE_HEIGHT, "accuracy", "Test accuracy by epoch")
+    return draw_svg(draw, _CURVE_WIDTH, _CURVE_HEIGHT, "accuracy", "Test accuracy by epoch")
 
 
 def followed_batch(timeline: Timeline, window: Window) -> int | None:
@@ -239,7 +211,7 @@ def timeline_picture(timeline: Timeline, window: Window, *, batch: int | None = 
                         [(starts[row], ends[row] - starts[row])],
                         (spans.stage - 0.36, 0.72),
                         facecolor="none",
-                        edgecolor=_INK,
+                        edgecolor=INK,
                         linewidth=2.2,
                         zorder=4,
                     )
@@ -254,23 +226,26 @@ def timeline_picture(timeline: Timeline, window: Window, *, batch: int | None = 
                         va="center_baseline",
                         fontsize=fitting[0],
                         fontweight="bold" if number == batch else "normal",
-                        color="white" if activity in _DARK else _INK,
+                        color="white" if activity in _DARK else INK,
                         zorder=5,
                     )
         axes.set_xlim(0, (window.end_ns - window.start_ns) * 1e-6)
         axes.set_ylim(timeline.num_stages - 0.46, -0.5)
         axes.set_yticks(range(timeline.num_stages), [f"stage {spans.stage}" for spans in timeline.stages])
-        axes.tick_params(axis="y", labelcolor=_INK, labelsize=11)
+        axes.tick_params(axis="y", labelcolor=INK, labelsize=11)
         axes.set_xlabel("ms", loc="right", labelpad=1)
         axes.grid(visible=False, axis="y")
         axes.grid(visible=True, axis="x")
         axes.spines["left"].set_visible(False)
-        recomputes = any(len(spans.only(Kind.RECOMPUTE)) for spans in timeline.stages)
-        shown = [each for each in _SHOWN if recomputes or each is not Activity.RECOMPUTE]
+        shown = [
+            each
+            for each in _SHOWN
+            if each not in _NOT_ALWAYS or any(len(spans.only(*_NOT_ALWAYS[each])) for spans in timeline.stages)
+        ]
         _legend(figure, [*shown, Activity.WAIT_ACTIVATION], left / _WIDE, 1 - 4 / height)
 
     title = f"What each stage did in {duration(window.seconds)} in the middle of the run"
-    return _svg(draw, _WIDE, height, "timeline", title)
+    return draw_svg(draw, _WIDE, height, "timeline", title)
 
 
 def time_shares(usage: Usage) -> str:
@@ -303,20 +278,20 @@ def time_shares(usage: Usage) -> str:
                         ha="center",
                         va="center_baseline",
                         fontsize=10.5,
-                        color="white" if activity in _DARK else _INK,
+                        color="white" if activity in _DARK else INK,
                         zorder=3,
                     )
             base += np.array(shares)
         axes.set_xlim(0, 1)
         axes.set_ylim(len(usage.stages) - 0.5, -0.5)
         axes.set_yticks(range(len(usage.stages)), [f"stage {stage.stage}" for stage in usage.stages])
-        axes.tick_params(axis="y", labelcolor=_INK, labelsize=11)
+        axes.tick_params(axis="y", labelcolor=INK, labelsize=11)
         axes.xaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
         axes.grid(visible=False, axis="y")
         axes.spines["left"].set_visible(False)
         _legend(figure, [activity for activity, _ in present], left / _WIDE, 1 - 4 / height)
 
-    return _svg(draw, _WIDE, height, "shares", "Part of the time that each stage spent on each activity")
+    return draw_svg(draw, _WIDE, height, "shares", "Part of the time that each stage spent on each activity")
 
 
 def partition_bar(partition: Partition) -> tuple[str, str]:
@@ -348,7 +323,7 @@ def partition_bar(partition: Partition) -> tuple[str, str]:
         total, start = sum(sizes), 0.0
         spans: dict[int | None, tuple[float, float]] = {}
         for layer, size in zip(layers, sizes, strict=True):
-            colour = _FAINT if layer.stage is None else stage_colour(layer.stage)
+            colour = FAINT if layer.stage is None else stage_colour(layer.stage)
             axes.barh([0], [size], left=start, height=1.0, color=colour, edgecolor="white", linewidth=1.6)
             pixels = size / total * (_WIDE - 2 * edge)
             light = _light(colour)
@@ -361,7 +336,7 @@ def partition_bar(partition: Partition) -> tuple[str, str]:
                         ha="center",
                         va="center",
                         fontsize=9 if faded else 10,
-                        color=_INK if light else "white",
+                        color=INK if light else "white",
                         alpha=0.8 if faded else 1,
                     )
             first, _ = spans.get(layer.stage, (start, start))
@@ -373,12 +348,12 @@ def partition_bar(partition: Partition) -> tuple[str, str]:
             pixels = (end - first) / total * (_WIDE - 2 * edge)
             label = next((text for text in (detail, name, str(stage)) if pixels > 6.6 * len(text)), "")
             inset = 0.0015 * total
-            axes.plot([first + inset, end - inset], [0.62, 0.62], color=_MUTED, linewidth=1.2, solid_capstyle="butt")
+            axes.plot([first + inset, end - inset], [0.62, 0.62], color=MUTED, linewidth=1.2, solid_capstyle="butt")
             axes.text((first + end) / 2, 0.72, label, ha="center", va="bottom", fontsize=11.5)
         axes.set_xlim(0, total)
         axes.set_ylim(-0.56, 1.12)
 
-    return _svg(draw, _WIDE, height, "partition", "The layers of the network, cut into stages"), meaning
+    return draw_svg(draw, _WIDE, height, "partition", "The layers of the network, cut into stages"), meaning
 
 
 def _curve_axes(figure: Any, x_label: str) -> Any:
@@ -394,7 +369,7 @@ def _curve_axes(figure: Any, x_label: str) -> Any:
 
 def _face(activity: Activity, line: float) -> dict[str, Any]:
     if activity.is_wait:
-        return {"facecolor": _WAIT_FACE, "edgecolor": _WAIT_HATCH, "hatch": "////", "linewidth": 0.0}
+        return {"facecolor": _WAIT_FACE, "edgecolor": HATCH, "hatch": "////", "linewidth": 0.0}
     return {"facecolor": COLOURS[activity], "edgecolor": "white", "linewidth": line}
 
 
@@ -439,38 +414,3 @@ def _moving_mean(values: NDArray[np.float64], width: int) -> NDArray[np.float64]
 def is_finite(value: float | None) -> bool:
     """Whether a value is there and can be drawn."""
     return value is not None and math.isfinite(value)
-
-
-def _svg(draw: Callable[[Any], None], width: int, height: int, name: str, title: str) -> str:
-    """What `draw` puts on a figure of this size, as SVG without anything that a page does not need."""
-    import matplotlib
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
-        # Widths are measured with one font, but the text is drawn by the reader's, which may have the glyph.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        # 72 dots per inch make one unit of the SVG one point of the font sizes.
-        figure = Figure(figsize=(width / 72, height / 72), dpi=72)
-        FigureCanvasSVG(figure)
-        draw(figure)
-        buffer = StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    return _slim(buffer.getvalue(), width, height, name, title)
-
-
-def _slim(svg: str, width: int, height: int, name: str, title: str) -> str:
-    body = svg[svg.index("<svg") :]
-    body = body[body.index(">") + 1 :]
-    for clutter in (r"<metadata>.*?</metadata>", r"<defs>\s*<style.*?</style>\s*</defs>", r"<!--.*?-->"):
-        body = re.sub(clutter, "", body, flags=re.DOTALL)
-    # Two figures on one page must not share identifiers, and what nothing refers to needs none.
-    used = set(re.findall(r'(?:url\(|href=")#([^)"]+)', body))
-    body = re.sub(r' id="([^"]*)"', lambda match: f' id="{name}-{match[1]}"' if match[1] in used else "", body)
-    body = re.sub(r'(url\(|xlink:href=")#', rf"\1#{name}-", body).replace("xlink:href", "href")
-    body = re.sub(r"'DejaVu Sans'[^;\"]*", "system-ui, sans-serif", body)
-    body = re.sub(r"\n\s*", "\n", body).replace("\n\n", "\n").strip()
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" '
-        f'aria-label="{title}" style="stroke-linejoin: round"><title>{title}</title>\n{body}\n'
-    )

@@ -49,6 +49,7 @@ class Activity(enum.Enum):
     RECOMPUTE = "recompute"
     FORWARD = "forward"
     UPDATE = "update"
+    SYNTHESIZE = "synthesize"
     SEND = "send"
     WAIT_ACTIVATION = "wait for an activation"
     WAIT_GRADIENT = "wait for a gradient"
@@ -76,7 +77,15 @@ _ACTIVITY_OF = {
     Kind.BACKWARD: Activity.BACKWARD,
     Kind.SEND_GRADIENT: Activity.SEND,
     Kind.UPDATE: Activity.UPDATE,
+    Kind.SYNTHESIZE: Activity.SYNTHESIZE,
+    Kind.TRAIN_SYNTHESIZER: Activity.SYNTHESIZE,
+    Kind.SEND_TOKEN: Activity.SEND,
+    # The token says that the last stage has forwarded the batch before: forward locking.
+    Kind.RECEIVE_TOKEN: Activity.WAIT_ACTIVATION,
+    Kind.SEND_LOSS: Activity.SEND,
+    Kind.RECEIVE_LOSS: Activity.WAIT_GRADIENT,
 }
+_COMPUTE = tuple(activity for activity in Activity if any(_ACTIVITY_OF[kind] is activity for kind in COMPUTE))
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,7 +170,7 @@ class StageUsage:
     @property
     def utilisation(self) -> float:
         """Part of the window in which the stage computes."""
-        return sum(self.shares[Activity.of(kind)] for kind in sorted(COMPUTE, key=_CODE_OF.__getitem__))
+        return sum(self.shares[activity] for activity in _COMPUTE)
 
     @property
     def compute_s(self) -> float | None:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from stalewise.engine.engine import Batches, Engine
 from stalewise.engine.feed import Feed
+from stalewise.engine.gradient_probe import GradientProbe
 from stalewise.engine.interpreter import Interpreter
 from stalewise.engine.messages import Activation, Gradient
 from stalewise.engine.score import Score, mean
@@ -39,7 +40,7 @@ from stalewise.errors import ConfigError, PeerLost, StalewiseError, TransportErr
 from stalewise.protocol.actions import Kind
 from stalewise.protocol.program import Program, StageProgram
 from stalewise.protocol.trace import Trace
-from stalewise.runtime.exchange import broadcast_json, broadcast_tensors
+from stalewise.runtime.exchange import all_gather_json, broadcast_json, broadcast_tensors
 from stalewise.runtime.job import Job
 from stalewise.runtime.link import Endpoint, Receiver, Sender
 from stalewise.runtime.wire import Frame, MessageKind
@@ -69,6 +70,7 @@ class DistributedEngine(Engine):
         plan: hash that all ranks share; every message carries it.
         recv_timeout_s: how long a stage waits for one message.
         payload_groups: NCCL groups of the links above and below this rank, where each stage has a GPU of its own.
+        gradient_difference_every: see `Engine`.
     """
 
     def __init__(
@@ -80,8 +82,9 @@ class DistributedEngine(Engine):
         plan: int,
         recv_timeout_s: float,
         payload_groups: Mapping[tuple[int, int], dist.ProcessGroup] | None = None,
+        gradient_difference_every: int | None = None,
     ) -> None:
-        super().__init__(program)
+        super().__init__(program, gradient_difference_every=gradient_difference_every)
         self.stage = stage
         self._job = job
         groups = payload_groups or {}
@@ -119,9 +122,12 @@ class DistributedEngine(Engine):
         if rank < last:
             self._activations_out = Sender(endpoint(rank + 1, "activation", (rank, rank + 1)), timeout_s=recv_timeout_s)
             self._gradients_in = Receiver(endpoint(rank + 1, "gradient", (rank + 1, rank)), timeout_s=recv_timeout_s)
-        self._interpreter = Interpreter(stage, program.stages[rank], self, clock=job.clock)
+        every = gradient_difference_every
+        self._probe = None if every is None else GradientProbe(stage, every=every)
+        self._interpreter = Interpreter(stage, program.stages[rank], self, clock=job.clock, probe=self._probe)
         self._feed = Feed((), stage.device)
         self._drain = True
+        self._draining = False
         links: list[Receiver | Sender] = [*self._receivers, *self._senders]
         for link in links:
             job.monitor.on_failure(link.wake)
@@ -161,6 +167,7 @@ class DistributedEngine(Engine):
 
     def _open(self, batches: Batches | None, drain: bool) -> None:
         self._drain = drain
+        self._draining = False
         with self._failures_reported("begin of a session"):
             if self.stage.is_first:
                 self._feed = Feed(batches, self.stage.device)
@@ -187,7 +194,8 @@ class DistributedEngine(Engine):
                     f"rank 0 trains with drain={bool(go_on)}, rank {self._job.rank} with drain={self._drain}; give "
                     "the same on all ranks."
                 )
-            return go_on is not _GoOn.PAUSE
+            self._draining = go_on is not _GoOn.PAUSE
+            return self._draining
 
     def _finish(self) -> None:
         with self._failures_reported("end of a session"):
@@ -256,6 +264,34 @@ class DistributedEngine(Engine):
         """To rank 0."""
         assert self._tokens_out is not None
         self._tokens_out.put(Frame(MessageKind.TOKEN, batch, []))
+
+    def _gradient_difference(self, batch: int) -> list[float | None]:
+        """A batch through the kept weights, forward and back, over the same links.
+
+        Every stage is between the same two local steps, so the only messages that lie on the links are gradients of
+        later batches, which stay there. In a drain the END of the activations has passed, so they get one more session.
+        """
+        assert self._probe is not None
+        with self._failures_reported("gradient difference", batch):
+            if self._activations_in is None:
+                activation = self._probe.take_input(batch)
+            else:
+                if self._draining:
+                    self._activations_in.open()
+                activation = _activation(self._activations_in.get(batch))
+                if self._draining:
+                    self._activations_in.get(batch)
+            output = self._probe.forward(activation, batch)
+            gradients = None
+            if self._activations_out is not None and self._gradients_in is not None:
+                self._activations_out.put(_frame(batch, output))
+                if self._draining:
+                    self._activations_out.put(Frame(MessageKind.END, batch, []))
+                gradients = self._gradients_in.get_of_kind(MessageKind.PROBE, batch).leaves
+            passed_on = self._probe.backward(gradients)
+            if self._gradients_out is not None:
+                self._gradients_out.put(Frame(MessageKind.PROBE, batch, passed_on))
+            return all_gather_json(self._probe.difference(batch), self._job.group)
 
     # -- evaluation and state ------------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import queue
 import threading
+from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
@@ -159,7 +160,7 @@ class Receiver:
         self._cause: WorkerError | None = None
         self._stream = _side_stream(endpoint.device)
         self._thread: threading.Thread | None = None
-        self._head: Frame | None = None
+        self._heads: deque[Frame] = deque()
         self._last_batch: int | None = None
 
     def open(self) -> None:
@@ -191,9 +192,9 @@ class Receiver:
 
     def peek(self, batch: int) -> Frame:
         """The next frame, which stays; waits for it. See `get`."""
-        if self._head is None:
-            self._head = self._take(batch)
-        return self._head
+        if not self._heads:
+            self._heads.append(self._take(batch))
+        return self._heads[0]
 
     def get(self, batch: int) -> Frame:
         """The frame of a batch.
@@ -205,7 +206,7 @@ class Receiver:
             WorkerError: where another worker failed.
         """
         frame = self.peek(batch)
-        self._head = None
+        self._heads.popleft()
         if frame.batch != batch:
             raise self._decoder._error(f"is of batch {frame.batch}; batch {batch} is due")
         self._last_batch = frame.batch
@@ -213,7 +214,13 @@ class Receiver:
 
     def skip(self) -> None:
         """Drop the frame that `peek` showed."""
-        self._head = None
+        self._heads.popleft()
+
+    def get_of_kind(self, kind: MessageKind, batch: int) -> Frame:
+        """The first frame of a kind; those before it stay, in their order. See `get`."""
+        while (frame := self._take(batch)).kind is not kind:
+            self._heads.append(frame)
+        return frame
 
     def _take(self, batch: int) -> Frame:
         end = self._endpoint

@@ -79,6 +79,7 @@ class MessageKind(enum.IntEnum):
     END = 4
     LOSS = 5
     TOKEN = 6
+    PROBE = 7
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,115 @@
+"""The cuts that all methods of a comparison share, from one profile of the model.
+
+Where a stage recomputes, it has more to do, so the best cuts of DSP are not those of PipeDream. Of the best cuts of
+every method, those are taken with which the method that fares worst loses the least:
+
+    method       best cuts   step with them   step with those of the other   loses
+    DSP          (5, 8)      40 ms            44 ms                          10%  ◄ taken: PipeDream's
+    PipeDream    (4, 7)      33 ms            40 ms                          21%
+
+Backpropagation has no say: its stages take turns, so a step takes as long with any cuts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from stalewise.experiments.config import TrainConfig
+from stalewise.experiments.training import accuracy, default_threads
+from stalewise.methods import BP, Method
+from stalewise.models import build_model
+from stalewise.pipeline import Pipeline
+from stalewise.plan.memory import predict_memory
+from stalewise.plan.partition import Partition, fixed_partition, partition
+
+__all__ = ["common_cuts", "plan_cuts"]
+
+
+def plan_cuts(config: TrainConfig, methods: Mapping[str, Method], batch: Any, num_classes: int) -> dict[str, Any]:
+    """Profile the model once, choose cuts, and predict what each method needs with them.
+
+    Args:
+        config: what all runs share; its partition is "profile" or the cuts.
+        methods: by the names of their rows.
+        batch: one of the training set.
+        num_classes: of the data.
+
+    Returns:
+        JSON values: `cuts`, `layers` and `stages` as in partition.json of a run, `method` ("profile" or "fixed"), and
+        for each row its predicted step and its predicted memory per stage.
+
+    Raises:
+        PlanError: where the model cannot be cut so.
+    """
+    torch.set_num_threads(default_threads(config))
+    torch.manual_seed(config.seed)
+    pipeline = Pipeline(
+        build_model(config.model, num_classes=num_classes),
+        method=BP(config.stages),
+        loss_fn=nn.functional.cross_entropy,
+        optimizer=lambda params: torch.optim.SGD(params, lr=config.lr),
+        engine="sequential",
+        device=config.device,
+        verbose=False,
+    )
+    pipeline.evaluate([batch], accuracy)
+    profiled = pipeline.partition
+    assert profiled is not None
+    best = {
+        name: partition(profiled.layers, recompute=[stage.recomputes for stage in method.program().stages])
+        for name, method in methods.items()
+    }
+    fixed = isinstance(config.partition, tuple)
+    if isinstance(config.partition, tuple):
+        cuts = config.partition
+    else:
+        cuts = common_cuts({name: plan for name, plan in best.items() if not isinstance(methods[name], BP)} or best)
+    chosen = {name: fixed_partition(plan.layers, cuts, recompute=plan.recompute) for name, plan in best.items()}
+    plain = fixed_partition(profiled.layers, cuts, recompute=[False] * config.stages)
+    return {
+        "method": "fixed" if fixed else "profile",
+        **plain.as_dict(),
+        "predicted": {
+            name: {
+                "step_s": plan.predicted_step_s,
+                "step_with_best_cuts_s": best[name].predicted_step_s,
+                "best_cuts": list(best[name].cuts),
+                "memory": _memory(config, plan, methods[name], batch),
+            }
+            for name, plan in chosen.items()
+        },
+    }
+
+
+def common_cuts(best: Mapping[str, Partition]) -> tuple[int, ...]:
+    """Of the best cuts of each method, those with which the greatest loss of any method is the smallest.
+
+    Args:
+        best: the best partition of each method, of the same layers with known times. Of equals the first is taken.
+    """
+
+    def greatest_loss(cuts: tuple[int, ...]) -> float:
+        return max(
+            (fixed_partition(plan.layers, cuts, recompute=plan.recompute).predicted_step_s or 0.0)
+            / (plan.predicted_step_s or 1.0)
+            for plan in best.values()
+        )
+
+    return min((plan.cuts for plan in best.values()), key=greatest_loss)
+
+
+def _memory(config: TrainConfig, plan: Partition, method: Method, batch: Any) -> list[dict[str, int]]:
+    inputs, targets = batch
+    stages = predict_memory(
+        plan,
+        method.program(),
+        input_bytes=inputs.nbytes,
+        target_bytes=targets.nbytes,
+        optimizer_copies=1.0 if config.momentum else 0.0,
+        timing="lockstep" if config.engine == "sequential" else "slow",
+    )
+    return [stage.as_dict() for stage in stages]
