@@ -297,3 +297,10 @@ def test_a_forward_dependency_changes_no_number() -> None:
 def test_fewer_samples_than_micro_batches_are_refused() -> None:
     with pytest.raises(stalewise.ConfigError, match=r"\[3\] samples cannot be split into 4 micro-batches"):
         train(GPipe(2, 4), net(), batches(1, size=3), "momentum")
+
+
+def test_current_weights_are_refused_under_autocast() -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        train(DSP.minimal(2, activations="stored"), net(), batches(4), "momentum")
+        with pytest.raises(stalewise.ConfigError, match='weights="current" cannot work under autocast'):
+            train(DSP.minimal(2, activations="stored", weights="current"), net(), batches(4), "momentum")

@@ -294,6 +294,11 @@ class Stage:
 
     def _building_graph(self, unit: Unit) -> AbstractContextManager[object]:
         if self._saved_weights is not None:
+            if self._policy.weights == "current" and torch.is_autocast_enabled(self.device.type):
+                raise ConfigError(
+                    'weights="current" cannot work under autocast: the graph keeps casted copies of the weights of the '
+                    'forward. Use weights="stashed" or activations="recompute".'
+                )
             return self._saved_weights.recording(unit, self._saved_tensors)
         return nullcontext() if self._saved_tensors is None else self._saved_tensors.recording()
 
