@@ -23,6 +23,7 @@ from stalewise.engine.split import Chain, LayerSource
 from stalewise.engine.stage import LossFunction, Metric
 from stalewise.errors import ConfigError
 from stalewise.methods import Method
+from stalewise.plan.memory import StageMemory
 from stalewise.plan.partition import (
     LayerCost,
     Partition,
@@ -71,6 +72,8 @@ class Pipeline:
         recv_timeout_s: how long a rank waits for one message of another, in seconds.
         gradient_difference_every: measure ||grad_BP - G|| / ||grad_BP|| of every stage each so many batches (see
             `gradient_differences`); None: never. It changes no number of the run.
+        measure_memory: measure what every stage holds (see `memory`). It changes no number of the run; layers inside
+            which torch forbids saved-tensor hooks (`torch.func.grad`, for example) cannot be measured.
         verbose: whether rank 0 prints the partition that a profile found.
 
     Attributes:
@@ -99,6 +102,7 @@ class Pipeline:
         recv_timeout_s: float = 300.0,
         verbose: bool = True,
         gradient_difference_every: int | None = None,
+        measure_memory: bool = False,
     ) -> None:
         _check_functions(method, loss_fn, optimizer, lr_scheduler, param_groups)
         _check_numbers(seed, clip_grad_norm, recv_timeout_s)
@@ -116,6 +120,7 @@ class Pipeline:
         self._recv_timeout_s = recv_timeout_s
         self._verbose = verbose
         self._gradient_difference_every = gradient_difference_every
+        self._measure_memory = measure_memory
         self._job = current_job() if _is_distributed(engine) else None
         if self._job is None:
             self._chain = self._chain.built()
@@ -169,6 +174,42 @@ class Pipeline:
         it, with the same masks and batch statistics. None for a stage without trained weights.
         """
         return [] if self._engine is None else list(self._engine.gradient_differences)
+
+    def memory(self, *, each_category: bool = False) -> list[StageMemory]:
+        """The most that each stage held so far between two of its actions, on every rank; see `plan.memory`.
+
+        Looked at are the first steps of each cycle between drains (twice the largest lag and 8) and every 50th after.
+
+        Args:
+            each_category: the largest of every category, which need not be of one moment, instead of the moment with
+                the largest total.
+
+        Returns:
+            Bytes by category, per stage; all 0 before the first step.
+
+        Raises:
+            ConfigError: where the pipeline was built without `measure_memory`, or its cuts are not known yet.
+        """
+        if not self._measure_memory:
+            raise ConfigError(
+                "memory is measured only where it is asked for. Build the Pipeline with measure_memory=True."
+            )
+        found = [usage.peaks if each_category else usage.peak for usage in self._built("memory").usages()]
+        return [memory for memory in found if memory is not None]
+
+    def resident_memory(self) -> list[int | None]:
+        """Per stage, the most resident bytes that its process ever had (Linux; None elsewhere), on every rank.
+
+        It counts everything: interpreter, libraries, workspaces. Where one process runs all stages, they share it.
+        """
+        return [usage.resident_bytes for usage in self._built("resident_memory").usages()]
+
+    def bytes_sent(self) -> list[int]:
+        """Per stage, bytes of activations, targets, gradients and losses sent to other stages in training so far.
+
+        Headers and evaluations are not counted, so the numbers are those of the method, equal on both engines.
+        """
+        return [usage.bytes_sent for usage in self._built("bytes_sent").usages()]
 
     def statuses(self) -> list[dict[str, Any]]:
         """How each stage is doing: JSON values, updated about twice a second; for displays."""
@@ -316,7 +357,10 @@ class Pipeline:
         ]
         if self._job is None:
             self._engine = SequentialEngine(
-                self._program, built, gradient_difference_every=self._gradient_difference_every
+                self._program,
+                built,
+                gradient_difference_every=self._gradient_difference_every,
+                measure_memory=self._measure_memory,
             )
         else:
             self._engine = DistributedEngine(
@@ -327,6 +371,7 @@ class Pipeline:
                 recv_timeout_s=self._recv_timeout_s,
                 payload_groups=payload_groups(self._job, self._device),
                 gradient_difference_every=self._gradient_difference_every,
+                measure_memory=self._measure_memory,
             )
         self.partition = plan
         self.cuts = plan.cuts
@@ -343,6 +388,7 @@ class Pipeline:
             "partition": partition if isinstance(partition, str) else [*map(repr, partition)],
             "model": self._chain.describe(),
             "seed": self._seed,
+            "measure_memory": self._measure_memory,
         }
         everyone = all_gather_json(own, job.group)
         for rank, other in enumerate(everyone):

@@ -63,6 +63,13 @@ def train(
         int, typer.Option(help="Epochs between evaluations; the pipeline is drained for each.")
     ] = 1,
     recv_timeout: Annotated[float, typer.Option(help="Seconds a stage waits for one message.")] = 300.0,
+    measure_memory: Annotated[
+        bool, typer.Option("--measure-memory", help="Keep what every stage holds at most in the summary.")
+    ] = False,
+    gradient_difference_every: Annotated[
+        int | None,
+        typer.Option(help="Measure each stage's distance from the gradient of backpropagation every so many batches."),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder; default: runs/MODEL-DATA-METHOD-TIME.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete an older run in the folder.")] = False,
     display: Annotated[str, typer.Option(help=f"One of {', '.join(DISPLAYS)}.")] = "auto",
@@ -101,6 +108,8 @@ def train(
         test_limit=test_limit,
         evaluate_every=evaluate_every,
         recv_timeout_s=recv_timeout,
+        measure_memory=measure_memory,
+        gradient_difference_every=gradient_difference_every,
         display="json" if json else display,
     )
     folder = out or _default_folder(config)

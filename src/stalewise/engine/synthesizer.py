@@ -83,7 +83,8 @@ class Synthesizer:
         loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.loss = loss.detach()
+        # A copy, because the mean over a tensor may be a number in a storage as large as that tensor.
+        self.loss = loss.detach().clone()
 
     def kept(self) -> list[Tensor]:
         """Outputs whose gradient has not come yet."""

@@ -15,7 +15,7 @@ from stalewise.methods import Method, build_method, method_options
 __all__ = ["DISPLAYS", "SCHEDULES", "TrainConfig"]
 
 SCHEDULES = ("onecycle", "constant", "cosine", "step")
-DISPLAYS = ("auto", "live", "plain", "json")
+DISPLAYS = ("auto", "live", "plain", "json", "quiet")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +51,8 @@ class TrainConfig:
         test_limit: use only so many test samples.
         evaluate_every: epochs between evaluations, each of which drains the pipeline; the last epoch always does.
         recv_timeout_s: how long a stage waits for a message.
+        measure_memory: keep what every stage holds at most in the summary.
+        gradient_difference_every: batches between measurements of the gradient difference, or None.
         display: of `DISPLAYS`.
 
     Raises:
@@ -85,6 +87,8 @@ class TrainConfig:
     test_limit: int | None = None
     evaluate_every: int = 1
     recv_timeout_s: float = 300.0
+    measure_memory: bool = False
+    gradient_difference_every: int | None = None
     display: str = "auto"
 
     def __post_init__(self) -> None:
@@ -96,7 +100,7 @@ class TrainConfig:
             ("seed", 0),
         ):
             _check_number(name, getattr(self, name), least, whole=True)
-        for name in ("train_limit", "test_limit", "threads"):
+        for name in ("train_limit", "test_limit", "threads", "gradient_difference_every"):
             if getattr(self, name) is not None:
                 _check_number(name, getattr(self, name), 1, whole=True)
         for name in ("lr", "momentum", "weight_decay", "loader_workers", "recv_timeout_s"):

@@ -24,10 +24,10 @@ REFRESH_S = 0.25
 
 
 def make_display(kind: str, folder: Path) -> Display:
-    """The display of that kind ("auto", "live", "plain", "json"); auto is live on a terminal."""
+    """The display of that kind ("auto", "live", "plain", "json", "quiet"); auto is live on a terminal."""
     if kind == "auto":
         kind = "live" if sys.stdout.isatty() else "plain"
-    return {"live": LiveDisplay, "plain": PlainDisplay, "json": JsonDisplay}[kind](folder)
+    return {"live": LiveDisplay, "plain": PlainDisplay, "json": JsonDisplay, "quiet": Display}[kind](folder)
 
 
 class Display:
@@ -164,6 +164,8 @@ class LiveDisplay(PlainDisplay):
         if record["event"] == "epoch":
             self._console.print(epoch_line(record, self._epochs))
             self._speed_from = None
+            return
+        if record["event"] != "batch":
             return
         now = time.perf_counter()
         if now - self._shown < REFRESH_S or self._task is None:

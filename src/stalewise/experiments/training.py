@@ -86,13 +86,16 @@ def train_worker(folder: str, command: str) -> None:
         seed=config.seed,
         clip_grad_norm=config.clip_grad_norm,
         recv_timeout_s=config.recv_timeout_s,
+        measure_memory=config.measure_memory,
+        gradient_difference_every=config.gradient_difference_every,
         verbose=False,
     )
     if pipeline.rank == 0:
         write_json(path / "environment.json", describe_environment(command, pipeline.devices, threads))
         with make_display(config.display, path) as display, RunWriter(path) as writer:
-            _Recorder(config, data, pipeline, num_batches, writer, display).train()
-            _finish(path, pipeline, display)
+            summary = _Recorder(config, data, pipeline, num_batches, writer, display).train()
+            display.end(summary)
+            _finish(path, pipeline, display, {**summary, **_usage(config, pipeline)})
     else:
         for epoch in range(config.epochs):
             evaluates = _evaluates_after(config, epoch)
@@ -100,7 +103,8 @@ def train_worker(folder: str, command: str) -> None:
                 pass
             if evaluates:
                 pipeline.evaluate(None, accuracy)
-        _finish(path, pipeline, None)
+        _usage(config, pipeline)
+        _finish(path, pipeline, None, {})
 
 
 def default_threads(config: TrainConfig) -> int:
@@ -131,8 +135,10 @@ class _Recorder:
         self._display = display
         self._start = time.perf_counter()
         self._batch = 0
+        self._measured = 0
 
-    def train(self) -> None:
+    def train(self) -> dict[str, Any]:
+        """Train all epochs and return the summary."""
         config = self._config
         self._display.begin(config, self._num_batches, len(self._data.train))
         training_s = 0.0
@@ -155,7 +161,7 @@ class _Recorder:
             }
             self._record(result)
             self._writer.flush()
-        summary = {
+        return {
             "test_accuracy": result["test_accuracy"],
             "train_loss": result["train_loss"],
             "wall_time_s": self._elapsed(),
@@ -164,8 +170,6 @@ class _Recorder:
             "batches": self._batch,
             "epochs": config.epochs,
         }
-        write_json(self._writer.path / "summary.json", summary)
-        self._display.end(summary)
 
     def _train_epoch(self, epoch: int, *, drain: bool) -> float | None:
         """Mean loss of the batches whose losses came in this epoch; batches left in flight count in the next."""
@@ -185,7 +189,21 @@ class _Recorder:
                 }
             )
             self._batch += 1
+            self._record_gradient_differences()
         return sum(losses) / len(losses) if losses else None
+
+    def _record_gradient_differences(self) -> None:
+        for batch, stages in self._pipeline.gradient_differences[self._measured :]:
+            self._measured += 1
+            self._record(
+                {
+                    "event": "gradient_difference",
+                    "epoch": batch // self._num_batches + 1,
+                    "batch": batch,
+                    "stages": stages,
+                    "time_s": self._elapsed(),
+                }
+            )
 
     def _keep_partition(self) -> None:
         partition = self._pipeline.partition
@@ -237,12 +255,25 @@ def _evaluates_after(config: TrainConfig, epoch: int) -> bool:
     return (epoch + 1) % config.evaluate_every == 0 or epoch + 1 == config.epochs
 
 
-def _finish(path: Path, pipeline: Pipeline, display: Display | None) -> None:
+def _usage(config: TrainConfig, pipeline: Pipeline) -> dict[str, Any]:
+    """What every stage sent, and held where that was measured; all ranks ask."""
+    usage: dict[str, Any] = {"bytes_sent": pipeline.bytes_sent()}
+    if config.measure_memory:
+        memory, resident = pipeline.memory(), pipeline.resident_memory()
+        usage["memory"] = [
+            {"stage": stage, "measured": held.as_dict(), "resident": resident[stage]}
+            for stage, held in enumerate(memory)
+        ]
+    return usage
+
+
+def _finish(path: Path, pipeline: Pipeline, display: Display | None, summary: dict[str, Any]) -> None:
     """Rank 0 leaves the model, the timeline of all ranks, and what is made for people."""
     traces, state = pipeline.traces(), pipeline.state_dict()
     if display is None:
         return
     write_timeline(path, traces)
+    write_json(path / "summary.json", summary)
     save_file({name: value.contiguous() for name, value in state.items()}, path / "model.safetensors")
     timeline = Timeline.from_traces(traces)
     records = sum(map(len, traces))

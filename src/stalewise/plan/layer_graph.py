@@ -3,7 +3,8 @@
     x ──► layer ──► y        kept: x?   what the formulas in between need   y?   and some of the weights
 
 Whether y outlives the pass depends on the layer after too: a ReLU needs its output, a linear layer needs its input
-but not its output. So a chain is looked at as a whole, from its end.
+but not its output. Some layers give a view of their input on, or work in place. So a chain is looked at as a whole,
+from its end.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from stalewise.plan.storage import Storages, storages
 
-__all__ = ["LayerGraph", "graph_of", "unsaved_outputs"]
+__all__ = ["Ends", "LayerGraph", "ends_of_chain", "graph_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,14 +41,31 @@ class LayerGraph:
     Args:
         graph_bytes: storages that its backward needs and those of its output, without its input's and its weights'.
         saved_weight_bytes: of the parameters that its backward needs.
-        needs: for each tensor of the input, whether its backward needs it.
+        inputs: for each tensor of the input, bytes of its storage and whether its backward needs it.
+        changes_input: whether it works in place on its input.
         outputs: none where the loss is a part of the pass, for then nothing comes after.
     """
 
     graph_bytes: int
     saved_weight_bytes: int
-    needs: tuple[bool, ...]
+    inputs: tuple[tuple[int, bool], ...]
+    changes_input: bool
     outputs: tuple[_Output, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ends:
+    """What becomes of the input and the output of a layer in its chain.
+
+    Args:
+        unsaved_output_bytes: of its output, what neither its own backward needs nor that of the layers after it.
+        saved_input_bytes: of its input, what its backward needs, or that of layers after it to which it is passed on.
+        changes_input: whether it, or a layer after it to which it is passed on, works in place on its input.
+    """
+
+    unsaved_output_bytes: int
+    saved_input_bytes: int
+    changes_input: bool
 
 
 def graph_of(
@@ -58,6 +76,7 @@ def graph_of(
     outputs: Sequence[Tensor],
     loss: Sequence[Tensor],
     elsewhere: Iterable[Tensor],
+    changes_input: bool,
 ) -> LayerGraph:
     """What the pass that has just ended leaves.
 
@@ -68,6 +87,7 @@ def graph_of(
         outputs: of the layer; none where they went into a loss.
         loss: what became of them there.
         elsewhere: tensors that are there anyway: buffers as they were before the pass, targets.
+        changes_input: whether the pass did.
     """
     kept = storages(saved)
     given = [storages([tensor]) for tensor in inputs]
@@ -88,32 +108,41 @@ def graph_of(
             for weight in layer.parameters()
             if storages([weight]).keys() & kept.keys()
         ),
-        needs=tuple(bool(storage.keys() & kept.keys()) for storage in given),
+        inputs=tuple((sum(storage.values()), bool(storage.keys() & kept.keys())) for storage in given),
+        changes_input=changes_input,
         outputs=tuple(described),
     )
 
 
-def unsaved_outputs(graphs: Sequence[LayerGraph | None]) -> list[int | None]:
-    """Of each layer's output, the bytes that neither its own backward needs nor that of the layers after it.
+def ends_of_chain(graphs: Sequence[LayerGraph | None]) -> list[Ends | None]:
+    """What becomes of every layer's input and output.
 
     Args:
-        graphs: of the layers in order; after one that is unknown (None), everything counts as needed.
+        graphs: of the layers in order; before one that is unknown (None), every output counts as needed.
     """
-    unsaved: list[int | None] = []
-    needed: tuple[bool, ...] | None = ()
+    ends: list[Ends | None] = []
+    needed: Sequence[bool] | None = ()
+    changed_later = False
     for graph in reversed(graphs):
         if graph is None:
-            unsaved.append(None)
-            needed = None
+            ends.append(None)
+            needed, changed_later = None, False
             continue
-        later = (True,) * len(graph.outputs) if needed is None else needed
-        pairs = list(zip(graph.outputs, later, strict=True))
-        unsaved.append(sum(output.new_bytes for output, wanted in pairs if not (output.saved or wanted)))
-        needed = tuple(
-            own or any(wanted and output.source == index for output, wanted in pairs)
-            for index, own in enumerate(graph.needs)
+        outputs = list(zip(graph.outputs, [True] * len(graph.outputs) if needed is None else needed, strict=True))
+        needed = [
+            own or any(wanted and output.source == index for output, wanted in outputs)
+            for index, (_, own) in enumerate(graph.inputs)
+        ]
+        passed_on = any(output.source is not None for output, _ in outputs)
+        changed_later = graph.changes_input or (passed_on and changed_later)
+        ends.append(
+            Ends(
+                unsaved_output_bytes=sum(out.new_bytes for out, wanted in outputs if not (out.saved or wanted)),
+                saved_input_bytes=sum(size for (size, _), wanted in zip(graph.inputs, needed, strict=True) if wanted),
+                changes_input=changed_later,
+            )
         )
-    return unsaved[::-1]
+    return ends[::-1]
 
 
 def _without(some: Storages, others: Storages) -> Storages:

@@ -116,6 +116,8 @@ class _StageBytes:
     target: int
     output: int
     graph: int
+    saved_input: int
+    copies_input: bool
 
 
 def _stage_bytes(
@@ -138,6 +140,8 @@ def _stage_bytes(
                 target=target_bytes,
                 output=output,
                 graph=sum(_known(layer, "graph_bytes") for layer in layers) - let_go,
+                saved_input=_known(layers[0], "saved_input_bytes"),
+                copies_input=bool(_known(layers[0], "changes_input")),
             )
         )
     return sizes
@@ -256,12 +260,20 @@ class _Account:
         return StageMemory(
             weights=size.weights,
             stashed=self._weight_copies(state),
-            optimizer=size.optimizer,
+            optimizer=size.optimizer if state.updates else 0,
             gradients=size.trained if state.pending else 0,
             inputs=round(stored),
-            graphs=round((size.graph * len(state.graphs) - size.output * kept) / parts),
+            graphs=round(
+                (size.graph * len(state.graphs) + size.saved_input * self._copies(state) - size.output * kept) / parts
+            ),
             queues=round(queued),
         )
+
+    def _copies(self, state: StageState) -> int:
+        """Graphs that began with a copy of the input: all where layers change it, else that of the first pass."""
+        if self._size.copies_input:
+            return len(state.graphs)
+        return 0 if self._program.recomputes else len(state.graphs & {(0, 0), (0, None)})
 
     def _weight_copies(self, state: StageState) -> int:
         policy = self._program.policy

@@ -22,7 +22,14 @@ from stalewise.plan.split import best_cuts
 
 __all__ = ["LayerCost", "Partition", "StageCost", "check_cuts", "fixed_partition", "partition"]
 
-_MEMORY_FIELDS = ("graph_bytes", "unsaved_output_bytes", "weight_bytes", "gradient_bytes", "saved_weight_bytes")
+_MEMORY_FIELDS = (
+    "graph_bytes",
+    "unsaved_output_bytes",
+    "saved_input_bytes",
+    "weight_bytes",
+    "gradient_bytes",
+    "saved_weight_bytes",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +44,9 @@ class LayerCost:
             (of the last layer: with the loss for an output); None where it is unknown.
         unsaved_output_bytes: of that, the part of its output that no backward needs, neither its own nor that of the
             layers after it: it is let go unless the stage ends here; None where it is unknown.
+        saved_input_bytes: of its input, what the backward needs, its own or that of a layer to which it hands the
+            input on; None where it is unknown.
+        changes_input: whether its input is changed in place; None where it is unknown.
         weight_bytes: of its parameters and buffers; None where it is unknown.
         gradient_bytes: of its parameters that are trained; None where it is unknown.
         saved_weight_bytes: of its parameters that the backward needs, which stashing copies; None where it is unknown.
@@ -53,6 +63,8 @@ class LayerCost:
     output_bytes: int | None = None
     graph_bytes: int | None = None
     unsaved_output_bytes: int | None = None
+    saved_input_bytes: int | None = None
+    changes_input: bool | None = None
     weight_bytes: int | None = None
     gradient_bytes: int | None = None
     saved_weight_bytes: int | None = None
@@ -188,7 +200,7 @@ class Partition:
                     "forward_s": layer.forward_s,
                     "backward_s": layer.backward_s,
                     "output_bytes": layer.output_bytes,
-                    **{field: getattr(layer, field) for field in _MEMORY_FIELDS},
+                    **{field: getattr(layer, field) for field in (*_MEMORY_FIELDS, "changes_input")},
                 }
                 for index, layer in enumerate(self.layers)
             ],

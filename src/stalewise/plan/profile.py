@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from stalewise.errors import PlanError
-from stalewise.plan.layer_graph import LayerGraph, graph_of, unsaved_outputs
+from stalewise.plan.layer_graph import LayerGraph, ends_of_chain, graph_of
 from stalewise.plan.partition import LayerCost
 from stalewise.plan.saved_tensors import SavedTensorLog
 from stalewise.plan.scratch import preserved_random_state, scratch_copy
@@ -98,8 +98,8 @@ def profile_layers(
             cost, graph, value = _profile_layer(layer, name, bench, repeats, budget)
             costs.append(cost)
             graphs.append(graph)
-    unsaved = unsaved_outputs(graphs)
-    return [replace(cost, unsaved_output_bytes=size) for cost, size in zip(costs, unsaved, strict=True)]
+    ends = ends_of_chain(graphs)
+    return [cost if end is None else replace(cost, **vars(end)) for cost, end in zip(costs, ends, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -145,6 +145,7 @@ class _Bench:
         argument = map_tensors(fresh, self.argument)
         targets = None if self.loss_fn is None else map_tensors(torch.clone, self.targets)
         buffers = list(layer.buffers())
+        versions = [tensor._version for tensor in tensors(argument)]
         with self.blame("forward"):
             (output, end), forward_s = _timed(forward, self.device)
         if self.loss_fn is not None and not (isinstance(end, Tensor) and end.numel() == 1):
@@ -161,6 +162,7 @@ class _Bench:
                 outputs=list(tensors(output)) if self.loss_fn is None else (),
                 loss=() if self.loss_fn is None else [end],
                 elsewhere=[*buffers, *tensors(targets)],
+                changes_input=versions != [tensor._version for tensor in tensors(argument)],
             )
         roots = [tensor for tensor in tensors(end) if tensor.requires_grad]
         wanted.extend(weight for weight in layer.parameters() if weight.requires_grad)

@@ -71,10 +71,14 @@ class DataParallel:
         """Of this process."""
         return self._job.rank
 
+    def gather(self, value: Any) -> list[Any]:
+        """The JSON values of all ranks, in order, on every rank."""
+        return all_gather_json(value, self._job.group)
+
     @property
-    def devices(self) -> list[str]:
-        """Of each rank."""
-        return [str(device) for device in all_gather_json(str(self._device), self._job.group)]
+    def device(self) -> str:
+        """Of this rank."""
+        return str(self._device)
 
     @property
     def learning_rate(self) -> float:

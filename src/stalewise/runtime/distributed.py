@@ -25,6 +25,7 @@ from stalewise.engine.engine import Batches, Engine
 from stalewise.engine.feed import Feed
 from stalewise.engine.gradient_probe import GradientProbe
 from stalewise.engine.interpreter import Interpreter
+from stalewise.engine.memory import MemoryMeter, StageUsage
 from stalewise.engine.messages import Activation, Gradient
 from stalewise.engine.score import Score, mean
 from stalewise.engine.stage import Metric, Stage
@@ -71,6 +72,7 @@ class DistributedEngine(Engine):
         recv_timeout_s: how long a stage waits for one message.
         payload_groups: NCCL groups of the links above and below this rank, where each stage has a GPU of its own.
         gradient_difference_every: see `Engine`.
+        measure_memory: whether to measure what this rank's stage holds; see `engine.memory`.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class DistributedEngine(Engine):
         recv_timeout_s: float,
         payload_groups: Mapping[tuple[int, int], dist.ProcessGroup] | None = None,
         gradient_difference_every: int | None = None,
+        measure_memory: bool = False,
     ) -> None:
         super().__init__(program, gradient_difference_every=gradient_difference_every)
         self.stage = stage
@@ -124,7 +127,16 @@ class DistributedEngine(Engine):
             self._gradients_in = Receiver(endpoint(rank + 1, "gradient", (rank + 1, rank)), timeout_s=recv_timeout_s)
         every = gradient_difference_every
         self._probe = None if every is None else GradientProbe(stage, every=every)
-        self._interpreter = Interpreter(stage, program.stages[rank], self, clock=job.clock, probe=self._probe)
+        self._meter = MemoryMeter(stage, max_lag=program.max_lag) if measure_memory else None
+        self._interpreter = Interpreter(
+            stage,
+            program.stages[rank],
+            self,
+            clock=job.clock,
+            probe=self._probe,
+            meter=self._meter,
+            waiting=self._waiting,
+        )
         self._feed = Feed((), stage.device)
         self._drain = True
         self._draining = False
@@ -210,6 +222,8 @@ class DistributedEngine(Engine):
                     receiver.join()
 
     def _execute_step(self, step: int, num_batches: int | None) -> None:
+        if self._meter is not None:
+            self._meter.begin_step(step)
         with self._failures_reported():
             for action in self.program.stages[self._job.rank].step(step, num_batches, first_batch=self._first_batch):
                 self._interpreter.execute(action, self._first_batch)
@@ -410,6 +424,12 @@ class DistributedEngine(Engine):
                 for rank in range(self._job.world_size)
             ]
 
+    def usages(self) -> list[StageUsage]:
+        self._end_left_session()
+        own = self._interpreter.usage().as_json()
+        with self._failures_reported("usages"):
+            return [StageUsage.from_json(usage) for usage in all_gather_json(own, self._job.group)]
+
     # -- failures ------------------------------------------------------------------------------------------------
 
     @contextmanager
@@ -445,6 +465,12 @@ class DistributedEngine(Engine):
             "activations_waiting": len(self._activations_in or ()),
             "gradients_waiting": len(self._gradients_in or ()),
         }
+
+    def _waiting(self) -> Iterator[Tensor]:
+        """The tensors in the queues of the links."""
+        links: list[Receiver | Sender] = [*self._receivers, *self._senders]
+        for link in links:
+            yield from link.held()
 
     @property
     def _receivers(self) -> list[Receiver]:

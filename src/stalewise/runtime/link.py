@@ -65,6 +65,7 @@ class Sender:
         self._timeout_s = timeout_s
         self._encoder = Encoder(endpoint.plan)
         self._queue: queue.Queue[tuple[list[Tensor], torch.cuda.Event | None] | None] = queue.Queue()
+        self._sending: list[Tensor] = []
         self._error: BaseException | None = None
         self._stream = _side_stream(endpoint.device)
         threading.Thread(target=self._run, name=f"send {endpoint.what}", daemon=True).start()
@@ -104,6 +105,12 @@ class Sender:
             self._error = self._error or error
             self._queue.all_tasks_done.notify_all()
 
+    def held(self) -> list[Tensor]:
+        """What was handed over and is not sent yet, as it is now; any thread may send meanwhile."""
+        with self._queue.mutex:
+            waiting = [item[0] for item in self._queue.queue if item is not None]
+        return [data for message in (self._sending, *waiting) for data in message]
+
     def close(self) -> None:
         """End the thread after what was handed over."""
         self._queue.put(None)
@@ -119,12 +126,14 @@ class Sender:
 
     def _run(self) -> None:
         while (item := self._queue.get()) is not None:
+            self._sending = item[0]
             try:
                 if self._error is None:
                     self._send(*item)
             except BaseException as error:
                 self._error = error
             finally:
+                self._sending = []
                 del item
                 self._queue.task_done()
 
@@ -189,6 +198,12 @@ class Receiver:
     def __len__(self) -> int:
         """Frames that wait in the queue."""
         return self._queue.qsize()
+
+    def held(self) -> list[Tensor]:
+        """What came and was not taken yet, as it is now."""
+        with self._queue.mutex:
+            waiting = [item[0] for item in self._queue.queue if not isinstance(item, BaseException)]
+        return [leaf for frame in (*self._heads, *waiting) for leaf in frame.leaves if leaf is not None]
 
     def peek(self, batch: int) -> Frame:
         """The next frame, which stays; waits for it. See `get`."""
