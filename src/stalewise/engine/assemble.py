@@ -57,7 +57,10 @@ def assemble_stage(
                 f"optimizer returned an optimizer of {len(foreign)} parameters that are not stage {index}'s; it must "
                 "use the params that it is called with, as in lambda params: torch.optim.SGD(params, lr=0.1)."
             )
-        if inspect.signature(built.step).parameters["closure"].default is inspect.Parameter.empty:
+        if any(
+            parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+            for parameter in inspect.signature(built.step).parameters.values()
+        ):
             raise ConfigError(
                 f"optimizer returned a {type(built).__name__}, whose step needs a closure that computes the loss "
                 "again; a stage has no loss of its own. Use one that steps on gradients, such as torch.optim.SGD."

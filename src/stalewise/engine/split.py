@@ -54,6 +54,14 @@ class Chain:
                 )
         if not named:
             raise ConfigError("the model has no layers; give at least one.")
+        for name, layer in named:
+            if isinstance(layer, nn.Module) and any(
+                nn.parameter.is_lazy(tensor) for tensor in (*layer.parameters(), *layer.buffers())
+            ):
+                raise ConfigError(
+                    f"layer {name} ({type(layer).__name__}) is lazy, so the shapes of its weights are not known yet and "
+                    "it has no weights to train. Run the model once on a batch before you build the pipeline."
+                )
         self.names = tuple(name for name, _ in named)
         self.layers = tuple(layer for _, layer in named)
 

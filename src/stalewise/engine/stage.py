@@ -139,7 +139,11 @@ class Stage:
         )
         self.peak_stored_inputs = max(self.peak_stored_inputs, len({number for number, _ in self._stored}))
         values, structure = self._pass(stored, unit, with_graph=keep_graph)
-        return activation._replace(values=[self._sendable(value) for value in values], structure=structure)
+        sent = [self._sendable(value) for value in values]
+        if self.is_last:
+            # Of its own storage: mse_loss, for one, leaves its number in one as large as the whole output.
+            sent = [loss.clone() for loss in sent]
+        return activation._replace(values=sent, structure=structure)
 
     def recompute(self, batch: int, micro_batch: int | None = None) -> None:
         """Forward a stored input again, with the weights of now, and keep the graph."""
