@@ -6,11 +6,13 @@ import itertools
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from dist_jobs import mark_fault
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -18,8 +20,8 @@ from torch.optim import SGD
 from torch.utils.data import DataLoader, Dataset
 
 import stalewise
+from stalewise.runtime.link import Receiver
 
-NUM_STAGES = 3
 FAULT_BATCH = 7
 
 
@@ -27,6 +29,10 @@ def rank() -> int:
     """Of this process."""
     return int(os.environ["RANK"])
 
+
+def num_stages() -> int:
+    """Of the job."""
+    return int(os.environ["WORLD_SIZE"])
 
 
 class Boom(Exception):
@@ -71,6 +77,10 @@ class Fault:
                 sys.exit(3)
             case "exit with a text":
                 sys.exit("enough")
+            case "exit well":
+                sys.exit(0)
+            case "vanish":
+                os._exit(0)
             case "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             case "stop":
@@ -106,7 +116,7 @@ class Layer(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         if not self.training:
             self._fault.reached("evaluation")
-        elif torch.is_grad_enabled() and rank() < NUM_STAGES - 1:
+        elif torch.is_grad_enabled() and rank() < num_stages() - 1:
             self._fault.reached("recompute")
         else:
             self._fault.reached("forward")
@@ -146,6 +156,48 @@ def _batches(fault: Fault) -> Iterator[tuple[Tensor, Tensor]]:
         yield torch.full((2, 6), float(index)), torch.tensor([0, index % 6])
 
 
+def leave_early(folder: str) -> None:
+    """Rank 0 leaves its loop and then the job; the others see that their loops end."""
+    pipe = _plain_pipeline()
+    for count, _ in enumerate(pipe.train(_plain_batches(100) if rank() == 0 else None)):
+        if rank() == 0 and count == 3:
+            sys.exit(0)
+
+
+def leave_at_once(folder: str) -> None:
+    """Training is all there is; each rank ends its part in the group as soon as its loop is over.
+
+    Rank 0 turns to the next message late, so its group could be gone by the time at which another rank ends its session.
+    """
+    pipe = _plain_pipeline()
+    fill = Receiver._fill
+
+    def slow(self: Receiver, data: Tensor) -> None:
+        time.sleep(0.05)
+        fill(self, data)
+
+    if rank() == 0:
+        Receiver._fill = slow
+    for _ in pipe.train(_plain_batches(5) if rank() == 0 else None):
+        pass
+    dist.destroy_process_group()
+    sys.exit(0)
+
+
+def _plain_pipeline() -> stalewise.Pipeline:
+    return stalewise.Pipeline(
+        [nn.Linear(6, 6) for _ in range(num_stages())],
+        method=stalewise.DSP.minimal(num_stages=num_stages()),
+        loss_fn=cross_entropy,
+        optimizer=lambda parameters: SGD(parameters, lr=0.01),
+        partition=tuple(range(1, num_stages())),
+    )
+
+
+def _plain_batches(count: int) -> list[tuple[Tensor, Tensor]]:
+    return [(torch.ones(2, 6), torch.tensor([0, 1]))] * count
+
+
 def fail(folder: str, place: str, stage: int, action: str = "raise", timeout_s: float = 60.0) -> None:
     """Train, evaluate and look at the state; fail on the way."""
     Path(folder, f"rank.{rank()}").write_text(str(os.getpid()))
@@ -163,11 +215,11 @@ def fail(folder: str, place: str, stage: int, action: str = "raise", timeout_s: 
         return 0.0
 
     pipe = stalewise.Pipeline(
-        [Layer(fault) for _ in range(NUM_STAGES)],
-        method=stalewise.DSP.minimal(num_stages=NUM_STAGES),
+        [Layer(fault) for _ in range(num_stages())],
+        method=stalewise.DSP.minimal(num_stages=num_stages()),
         loss_fn=loss_fn,
         optimizer=lambda parameters: Optimizer(parameters, lr=0.01),
-        partition=tuple(range(1, NUM_STAGES)),
+        partition=tuple(range(1, num_stages())),
         recv_timeout_s=timeout_s,
     )
     if "loader" in place:
@@ -175,7 +227,8 @@ def fail(folder: str, place: str, stage: int, action: str = "raise", timeout_s: 
         batches: Any = loader
     else:
         batches = _batches(fault)
-    for _ in pipe.train(batches if rank() == 0 else None):
+    drain = (place, stage) != ("another drain", rank())
+    for _ in pipe.train(batches if rank() == 0 else None, drain=drain):
         fault.reached("loop")
         fault.reached("loop over a loader")
         fault.reached("endless loop")

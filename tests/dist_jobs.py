@@ -25,10 +25,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-__all__ = ["Ended", "left_in_session", "mark_fault", "run_job", "run_jobs", "wait_until_gone"]
+__all__ = ["Ended", "Job", "left_in_session", "mark_fault", "run_job", "run_jobs", "wait_until_gone"]
 
 JOB_TIMEOUT_S = 60.0
 LEFT_TIMEOUT_S = 20.0
+PRELOADED = ["stalewise.runtime.child", "torch.utils.data", "torch._dynamo"]
+"""What workers import sooner or later; optimizers import torch._dynamo when they are first used."""
+
+
+Job = tuple[str, int, Sequence[Any]]
+"""Main as "module:function", number of workers, and the arguments that follow the folder."""
 
 
 @dataclass(frozen=True)
@@ -56,13 +62,11 @@ class Ended:
     folder: Path
 
 
-def run_jobs(
-    jobs: dict[str, tuple[str, int, Sequence[Any]]], folder: Path, *, at_once: int
-) -> dict[str, Ended]:
+def run_jobs(jobs: dict[str, Job], folder: Path, *, at_once: int) -> dict[str, Ended]:
     """Run jobs beside each other.
 
     Args:
-        jobs: by name: main as "module:function", number of workers, and arguments that follow the folder.
+        jobs: by name.
         folder: gets a folder per job.
         at_once: how many run at a time.
     """
@@ -78,7 +82,7 @@ def run_jobs(
 def run_job(main: str, num_workers: int, args: Sequence[Any], folder: Path) -> Ended:
     """Run one job to its end and look what is left of it; see `run_jobs`."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["stalewise.runtime.child", "torch.utils.data"])
+    context.set_forkserver_preload(PRELOADED)
     parent = context.Process(target=_parent, args=(main, num_workers, list(args), str(folder)))
     parent.start()
     assert parent.pid is not None

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import queue
+import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -22,17 +25,20 @@ from stalewise.protocol.actions import Kind
 from stalewise.runtime import link
 from stalewise.runtime.distributed import DistributedEngine
 
-RANK = int(os.environ.get("RANK", "0"))
+
+def rank() -> int:
+    """Of this process."""
+    return int(os.environ["RANK"])
 
 
 def save(folder: str, name: str, value: Any) -> None:
     """Leave a result for the test: `name` of this rank."""
-    torch.save(value, Path(folder) / f"{name}.{RANK}.pt")
+    torch.save(value, Path(folder) / f"{name}.{rank()}.pt")
 
 
 def load(folder: Path | str, name: str, num_workers: int) -> list[Any]:
     """The results of all ranks."""
-    return [torch.load(Path(folder) / f"{name}.{rank}.pt") for rank in range(num_workers)]
+    return [torch.load(Path(folder) / f"{name}.{of}.pt") for of in range(num_workers)]
 
 
 # -- delays ------------------------------------------------------------------------------------------------------
@@ -57,8 +63,8 @@ class _DelayedDist:
 @contextmanager
 def random_delays() -> Iterator[None]:
     """Every forward and every message of this rank takes a random time longer."""
-    dist_net.Jitter.delay = dist_net.RandomDelay(1000 + RANK)
-    original, link.dist = link.dist, _DelayedDist(2000 + 10 * RANK)
+    dist_net.Jitter.delay = dist_net.RandomDelay(1000 + rank())
+    original, link.dist = link.dist, _DelayedDist(2000 + 10 * rank())
     try:
         yield
     finally:
@@ -128,9 +134,9 @@ def watch_bounds(folder: str) -> None:
                 optimizer=_sgd,
                 partition=(1, 2),
             )
-            losses = list(pipe.train(_vectors(30) if RANK == 0 else None))
+            losses = list(pipe.train(_vectors(30) if rank() == 0 else None))
             training = [created.peak for created in PeakQueue.created]
-            pipe.evaluate(_vectors(40) if RANK == 0 else None, dist_net.accuracy)
+            pipe.evaluate(_vectors(40) if rank() == 0 else None, dist_net.accuracy)
             engine = pipe._engine
             assert isinstance(engine, DistributedEngine)
             seen = {
@@ -172,7 +178,7 @@ def _two(**options: Any) -> stalewise.Pipeline:
 
 def _differing() -> dict[str, Callable[[], stalewise.Pipeline]]:
     """Ways in which rank 1 can be at odds with rank 0, or all ranks with the job."""
-    odd = RANK == 1
+    odd = rank() == 1
     return {
         "cuts": lambda: _two(partition=(1,) if odd else (2,)),
         "cuts and profile": lambda: _two(partition="profile" if odd else (2,)),
@@ -198,6 +204,30 @@ def refuse_differences(folder: str) -> None:
     save(folder, "differences", errors)
 
 
+# -- memory ------------------------------------------------------------------------------------------------------
+
+
+def drop_a_pipeline() -> dict[str, Any]:
+    """Build, use and drop one pipeline of two; what is left of it."""
+    others = set(threading.enumerate())
+    dropped = _two()
+    list(dropped.train(_vectors(4) if rank() == 0 else None))
+    engine = dropped._engine
+    assert isinstance(engine, DistributedEngine)
+    module = weakref.ref(engine.stage.module)
+    senders = [thread for thread in set(threading.enumerate()) - others if thread.name.startswith("send")]
+    assert len(senders) == 1
+    del dropped, engine
+    _two()
+    gc.collect()
+    for thread in senders:
+        thread.join(20)
+    return {
+        "module is freed": module() is None,
+        "threads that still send": sum(thread.is_alive() for thread in senders),
+    }
+
+
 # -- jobs --------------------------------------------------------------------------------------------------------
 
 
@@ -221,7 +251,7 @@ def in_a_group_of_the_users(folder: str) -> None:
     sequential = list(alone.train(dist_net.batches(12, 8)))
     state = alone.state_dict()
     first, second = dist_net.pipeline(2), dist_net.pipeline(2, engine="distributed")
-    data = dist_net.batches(12, 8) if RANK == 0 else dist_net.Untouchable()
+    data = dist_net.batches(12, 8) if rank() == 0 else dist_net.Untouchable()
     interleaved = [list(pipe.train(data)) for pipe in (first, second)]
     one_by_one = [dist_net.pipeline(2) for _ in range(3)]
     for pipe in one_by_one:
@@ -235,10 +265,11 @@ def in_a_group_of_the_users(folder: str) -> None:
 
     leaving = dist_net.pipeline(2)
     losses = []
-    for loss in leaving.train(dist_net.batches(20, 9) if RANK == 0 else None):
+    for loss in leaving.train(dist_net.batches(20, 9) if rank() == 0 else None):
         losses.append(loss)
-        if RANK == 0 and len(losses) == 5:
+        if rank() == 0 and len(losses) == 5:
             break
-    losses += leaving.train(dist_net.batches(3, 10) if RANK == 0 else None)
+    losses += leaving.train(dist_net.batches(3, 10) if rank() == 0 else None)
     save(folder, "rank 0 leaves", {"losses": losses, "state": leaving.state_dict()})
+    save(folder, "freed", drop_a_pipeline())
     dist.destroy_process_group()

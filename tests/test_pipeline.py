@@ -375,6 +375,59 @@ def test_a_loss_that_cannot_be_trained_is_refused(loss_fn: Any, message: str) ->
         list(pipeline(loss_fn=loss_fn).train(classification("mlp", 2)))
 
 
+# --- what a method asks of its stages -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", [BP(3, accumulate=3), DSP(staleness=(0, 0, 0), accumulate=3)], ids=repr)
+def test_accumulation_is_the_plain_loop_with_the_mean_of_a_groups_gradients(method: Method) -> None:
+    """Groups of 3 by global index, over a pause; a drain flushes the remainder of a group."""
+    batches = classification("mlp", 11)
+    model = nn.Sequential(*mlp(dropout=0.0))
+    p = pipeline(model=model, method=method, lr_scheduler=decay)
+    losses = list(p.train(batches[:4], drain=False))
+    losses += list(p.train(batches[4:8]))  # 8 = 2 * 3 + 2: drained within a group
+    losses += list(p.train(batches[8:]))  # batch 8 ends the group of 6 and 7, which was flushed
+    truth = nn.Sequential(*mlp(dropout=0.0))
+    optimizer = momentum(truth.parameters())
+    scheduler = decay(optimizer)
+    expected = []
+    for group in ((0, 1, 2), (3, 4, 5), (6, 7), (8,), (9, 10)):
+        optimizer.zero_grad()
+        for index in group:
+            loss = cross_entropy(truth(batches[index][0]), batches[index][1])
+            loss.backward()
+            expected.append(loss.item())
+        for parameter in truth.parameters():
+            parameter.grad /= len(group)
+        optimizer.step()
+        scheduler.step()
+    assert losses == expected
+    assert_same(p.state_dict(), dict(truth.state_dict()))
+    assert [status["updates"] for status in p.statuses()] == [5, 5, 5]
+
+
+@pytest.mark.parametrize("weights", ["stashed", "current"])
+def test_stored_graphs_at_rest_are_recomputed_ones(weights: Any) -> None:
+    """At learning rate 0 all weights are one, so whether a graph was kept or rebuilt changes no gradient."""
+
+    def trained(method: Method) -> list[Tensor]:
+        model = nn.Sequential(*cnn())
+        seen: list[Tensor] = []
+
+        def make_optimizer(params: Any) -> torch.optim.Optimizer:
+            optimizer = SGD(params, lr=0.0)
+            optimizer.register_step_pre_hook(lambda *_: seen.extend(q.grad.clone() for q in params))
+            return optimizer
+
+        p = pipeline(model=model, method=method, optimizer=make_optimizer)
+        list(p.train(classification("cnn", 6)))
+        seen.extend(p.state_dict().values())
+        return seen
+
+    stored = trained(DSP(staleness=(3, 1, 0), activations="stored", weights=weights))
+    assert_same(stored, trained(DSP(staleness=(3, 1, 0))))
+
+
 # --- evaluate -------------------------------------------------------------------------------------------------
 
 
@@ -383,9 +436,10 @@ def accuracy(output: Tensor, target: Tensor) -> Tensor:
 
 
 def test_evaluate_is_the_mean_over_samples_in_eval_mode() -> None:
-    p = pipeline("cnn")
+    trained = nn.Sequential(*cnn())
+    p = pipeline(model=trained)
     list(p.train(classification("cnn", 4)))
-    state, flight = p.state_dict(), p.batches_in_flight
+    state = p.state_dict()
     batches = classification("cnn", 6, last_size=1)
     model = nn.Sequential(*cnn())
     model.load_state_dict(state)
@@ -395,8 +449,8 @@ def test_evaluate_is_the_mean_over_samples_in_eval_mode() -> None:
     assert p.evaluate(batches, accuracy) == pytest.approx(hits / 21, abs=1e-7)
     assert p.evaluate(iter(batches), accuracy) == p.evaluate(batches, accuracy)
     assert_same(p.state_dict(), state)
-    assert p.batches_in_flight == flight == 0
-    assert all(module.training for stage in p._engine.stages for module in stage.module.modules())
+    assert p.batches_in_flight == 0
+    assert all(module.training for layer in trained for module in layer.modules())
 
 
 def test_evaluations_change_no_number_of_the_training() -> None:
@@ -665,6 +719,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "residual": ({"model": Residual(*mlp())}, "Residual"),
     "empty": ({"model": [], "partition": ()}, "the model has no layers; give at least one"),
     "layer": ({"model": [nn.Linear(5, 3), 7, nn.Tanh()]}, "layer 1 of the model is a int; each must be a module or"),
+    "lazy": ({"model": [nn.LazyLinear(8), *mlp()[1:]]}, "Run the model once"),
     "tied": ({"model": tied()}, "'2.weight' (stage 1) and '8.weight' (stage 2) are the same tensor"),
     "method": ({"method": "dsp"}, "method is 'dsp'; it must be a method such as stalewise.DSP.minimal(num_stages=3)"),
     "method class": ({"method": DSP}, "it must be a method such as stalewise.DSP.minimal(num_stages=3)"),

@@ -6,8 +6,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from engine_nets import assert_same, build_engine, classification, sgd, train
+from engine_nets import assert_same, build_engine, classification, model_state, momentum, sgd, train
+from reference import train_reference
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.nn.utils.parametrizations import spectral_norm
 
 from stalewise.engine.buffers import unchanged_buffers
 
@@ -160,6 +163,22 @@ def test_statistics_are_those_of_the_passes_with_a_graph() -> None:
     train(build_engine([norm, nn.Linear(5, 5), nn.Linear(5, 3)], (4, 2, 0), (1, 2)), batches)
     torch.testing.assert_close(norm.running_mean, mean)
     torch.testing.assert_close(norm.running_var, var)
+
+
+def test_buffers_of_parametrizations_are_kept_too() -> None:
+    """Spectral norm moves its vectors in every pass in training mode, and the weights of that pass follow from them."""
+
+    def layers() -> list[nn.Module]:
+        torch.manual_seed(0)
+        normed = [spectral_norm(nn.Linear(5, width)) for width in (5, 5, 3)]
+        return [normed[0], nn.Tanh(), normed[1], nn.BatchNorm1d(5), normed[2]]
+
+    truth = layers()
+    engine = build_engine(layers(), (4, 2, 0), (2, 4))
+    losses = train(engine, classification("mlp", 9))
+    expected = train_reference(truth, (2, 4), (4, 2, 0), classification("mlp", 9), cross_entropy, momentum)
+    assert losses == expected.losses
+    assert_same(engine.state_dict(), model_state(truth))
 
 
 def test_a_forward_uses_the_buffers_of_its_time() -> None:

@@ -320,6 +320,31 @@ def test_an_optimizer_of_other_parameters_than_the_stages_is_refused() -> None:
         build_engine(list(model), (2, 0), (1,), optimizer=lambda params: SGD(model.parameters(), lr=0.1))
 
 
+class Plain(Optimizer):
+    """An optimizer of the user's own, whose step takes no closure."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": 0.1})
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter -= group["lr"] * parameter.grad
+
+
+def test_an_optimizer_of_the_users_own_steps_too() -> None:
+    def layers() -> list[nn.Module]:
+        torch.manual_seed(0)
+        return [nn.Linear(5, 5), nn.Linear(5, 3)]
+
+    truth = layers()
+    engine = build_engine(layers(), (2, 0), (1,), optimizer=Plain)
+    losses = train(engine, classification("mlp", 5))
+    assert losses == train_reference(truth, (1,), (2, 0), classification("mlp", 5), cross_entropy, Plain).losses
+    assert_same(engine.state_dict(), model_state(truth))
+
+
 def test_an_optimizer_may_leave_parameters_out() -> None:
     layers = [nn.Linear(5, 3)]
     before = layers[0].bias.detach().clone()

@@ -78,7 +78,21 @@ class TestPartition:
             partition(layers, recompute=[True, False])
 
     @pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
-    @pytest.mark.parametrize("field", ["forward_s", "backward_s", "output_bytes", "parameters"])
+    @pytest.mark.parametrize(
+        "field",
+        [
+            "forward_s",
+            "backward_s",
+            "output_bytes",
+            "parameters",
+            "graph_bytes",
+            "unsaved_output_bytes",
+            "saved_input_bytes",
+            "weight_bytes",
+            "gradient_bytes",
+            "saved_weight_bytes",
+        ],
+    )
     def test_costs_that_are_none(self, field: str, value: float) -> None:
         with pytest.raises(PlanError, match=f"{field} of layer 'fc' is {value}"):
             layer(**({"forward_s": 1.0, "backward_s": 1.0} | {field: value}))
@@ -128,6 +142,13 @@ class TestReports:
             "forward_s": 0.002,
             "backward_s": 0.004,
             "output_bytes": 64,
+            "graph_bytes": None,
+            "unsaved_output_bytes": None,
+            "saved_input_bytes": None,
+            "weight_bytes": None,
+            "gradient_bytes": None,
+            "saved_weight_bytes": None,
+            "changes_input": None,
         }
         assert plan["stages"] == [
             {"stage": 0, "layers": [0, 1], "parameters": 1000, "predicted_s": pytest.approx(0.006)},

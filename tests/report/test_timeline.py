@@ -56,6 +56,7 @@ def test_every_instant_belongs_to_one_activity() -> None:
         Activity.UPDATE: 0.05,
         Activity.UNRECORDED: 0.05,
         Activity.WAIT_ACTIVATION: 0.0,
+        Activity.SYNTHESIZE: 0.0,
     }
     assert first.utilisation == pytest.approx(0.73)
     assert first.bubble == pytest.approx(0.27)
@@ -218,7 +219,7 @@ def columns_of(path: Path) -> dict[str, np.ndarray]:
     ("change", "message"),
     [
         (lambda columns: columns.pop("batch"), r"stage2\.npz lacks the array 'batch'.*numpy\.savez"),
-        (lambda columns: columns["kind"].__setitem__(2, 9), "record 2 is kind=9.*from 0 to 8"),
+        (lambda columns: columns["kind"].__setitem__(2, 99), "record 2 is kind=99.*from 0 to 14"),
         (lambda columns: columns["end_ns"].__setitem__(3, 0), "record 3 is .*must not end before it starts"),
         (lambda columns: columns.update(batch=columns["batch"][:-1]), "entries and 'kind' has"),
         (lambda columns: columns.update(start_ns=columns["start_ns"] * 0.5), "'start_ns' is float64"),

@@ -8,6 +8,7 @@ from pathlib import Path
 import dist_workers
 import pytest
 import torch
+from dist_jobs import run_job
 
 import stalewise
 
@@ -31,7 +32,8 @@ def job_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path
             if num_workers == 2:
                 stalewise.launch(dist_workers.in_a_group_of_the_users, num_workers=2, args=[str(folder)])
             else:
-                stalewise.launch(dist_workers.long_run, num_workers=num_workers, args=[str(folder), num_workers])
+                job = run_job("dist_workers:long_run", num_workers, [num_workers], folder)
+                assert job.error is None, job.message
         return folders[num_workers]
 
     return of

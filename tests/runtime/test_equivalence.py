@@ -64,12 +64,18 @@ def test_only_the_reading_rank_leaves_its_loop(job_folder: JobFolder) -> None:
         assert_equal(seen["state"], pipe.state_dict())
 
 
+def test_pipelines_that_are_dropped_are_freed(job_folder: JobFolder) -> None:
+    """Weights and threads: a job may build many pipelines, such as in a search."""
+    for seen in load(job_folder(2), "freed", 2):
+        assert seen == {"module is freed": True, "threads that still send": 0}
+
+
 @pytest.mark.parametrize(
     ("difference", "error", "message"),
     [
         ("cuts", "ConfigError", "rank 1 and rank 0 were given another partition: ['1'] against ['2']"),
         ("cuts and profile", "ConfigError", "rank 1 and rank 0 were given another partition: 'profile' against"),
-        ("method", "ConfigError", "rank 1 and rank 0 were given another method: 'BP(stages=2)' against 'DSP("),
+        ("method", "ConfigError", "rank 1 and rank 0 were given another method: 'BP("),
         ("staleness", "ConfigError", "rank 1 and rank 0 were given another method"),
         ("shape of a layer", "ConfigError", "another model: '1:Linear:weight(7, 6),bias(7,)' against '1:Linear"),
         ("number of layers", "ConfigError", "another model: None against '2:Sequential"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import queue
 import threading
 from collections.abc import Iterator
@@ -30,6 +31,7 @@ class Network:
         self.received: list[tuple[Any, int]] = []
         self.open = threading.Event()
         self.open.set()
+        self._lock = threading.Lock()
         self._ends: list[tuple[Sender, Receiver]] = []
 
     def ends(self, *, timeout_s: float = LONG_S, limit: int = 0, **changes: Any) -> tuple[Sender, Receiver]:
@@ -48,7 +50,8 @@ class Network:
         return self._ends[-1]
 
     def channel(self, group: Any, tag: int) -> queue.Queue[Tensor | None]:
-        return self.channels.setdefault((group, tag), queue.Queue())
+        with self._lock:
+            return self.channels.setdefault((group, tag), queue.Queue())
 
     def send(self, data: Tensor, rank: int, *, group: Any, tag: int = 0) -> None:
         self.open.wait(LONG_S)
@@ -72,12 +75,11 @@ class Network:
         for sender, _ in self._ends:
             sender.close()
         for _, receiver in self._ends:
-            receiver._queue.maxsize = 0
-            receiver.skip()
+            receiver._queue.maxsize = 1 << 30
             with receiver._queue.not_full:
                 receiver._queue.not_full.notify_all()
-        for channel in list(self.channels.values()):
-            channel.put(None)
+        for group, tag in itertools.product(("gloo", "nccl"), (0, 1, 2, 3)):
+            self.channel(group, tag).put(None)
         for thread in threading.enumerate():
             if thread.name.startswith(("send ", "receive ")):
                 thread.join(LONG_S)
@@ -112,7 +114,7 @@ class TestSession:
                 assert receiver.peek(batch).batch == batch
                 assert_equal(receiver.get(batch).leaves, [torch.full((2,), float(batch))])
             assert receiver.get(start + 3).kind is MessageKind.END
-            receiver.join()
+            receiver.join(LONG_S)
             assert len(receiver) == 0
 
     def test_directions_and_pipelines_do_not_mix(self, network: Network) -> None:

@@ -59,8 +59,8 @@ class Chain:
                 nn.parameter.is_lazy(tensor) for tensor in (*layer.parameters(), *layer.buffers())
             ):
                 raise ConfigError(
-                    f"layer {name} ({type(layer).__name__}) is lazy, so the shapes of its weights are not known yet and "
-                    "it has no weights to train. Run the model once on a batch before you build the pipeline."
+                    f"layer {name} ({type(layer).__name__}) is lazy, so the shapes of its weights are not known "
+                    "yet and there is nothing to train. Run the model once on a batch before you build the pipeline."
                 )
         self.names = tuple(name for name, _ in named)
         self.layers = tuple(layer for _, layer in named)

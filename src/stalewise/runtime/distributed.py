@@ -90,6 +90,7 @@ class DistributedEngine(Engine):
         super().__init__(program, gradient_difference_every=gradient_difference_every)
         self.stage = stage
         self._job = job
+        self._recv_timeout_s = recv_timeout_s
         groups = payload_groups or {}
 
         tags = {"activation": 1, "gradient": 2, "token": 3}
@@ -217,9 +218,9 @@ class DistributedEngine(Engine):
             for sender in self._senders:
                 sender.flush()
             if not self.batches_in_flight:
-                # The peers' ENDs are about to come; once they are here, this process may end at any time.
+                # The peers' ENDs are about to come; once they are here, this process may leave the group at any time.
                 for receiver in self._receivers:
-                    receiver.join()
+                    receiver.join(self._recv_timeout_s)
 
     def _execute_step(self, step: int, num_batches: int | None) -> None:
         if self._meter is not None:

@@ -136,7 +136,8 @@ def _report_and_exit(kind: type[BaseException], error: BaseException, trace: Tra
         print(f"stalewise: {error}", file=sys.stderr)
     else:
         report_failure(error)
-        print(failure_header(error), file=sys.stderr)
+        if (header := failure_header(error)) is not None:
+            print(header, file=sys.stderr)
         sys.__excepthook__(kind, error, trace)
     sys.stdout.flush()
     sys.stderr.flush()

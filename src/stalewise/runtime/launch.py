@@ -34,9 +34,6 @@ from stalewise.runtime.failure import describe_failure, failure_key
 __all__ = ["launch"]
 
 POLL_S = 0.05
-RECORD_WAIT_S = 3.0
-"""After the first death: how long to wait for a record that says why."""
-
 TERMINATE_S = 3.0
 """Between asking the workers to end and ending them."""
 
@@ -173,21 +170,22 @@ class _Workers:
         process = self._processes[rank]
         code = process.returncode
         who = f"stage {rank} (rank {rank}, host {os.uname().nodename}, pid {process.pid})"
-        if code < 0:
-            name = signal.Signals(-code).name
-            ended = f"{who} was killed by {name}."
-            record = {"rank": rank, "who": who, "type": "Killed", "message": ended, "traceback": ended}
-            stored = json.loads(self._store.compare_set(failure_key(), "", json.dumps(record)))
-            if stored["type"] in ("Killed", "PeerLost"):
-                memory = " The system may have run out of memory." if name == "SIGKILL" else ""
-                return WorkerError(ended + memory, cause_type="Killed", cause=ended)
-            return _worker_error(stored)
-        deadline = time.monotonic() + RECORD_WAIT_S
-        while not self._store.check([failure_key()]) and time.monotonic() < deadline:
-            time.sleep(POLL_S)
-        stored = json.loads(self._store.compare_set(failure_key(), "", '{"type": "none"}'))
-        if stored["type"] in ("none", "PeerLost"):
-            return WorkerError(f"{who} exited with code {code} and gave no reason; look at its output above.")
+        name = signal.Signals(-code).name if code < 0 else ""
+        ended = f"{who} was killed by {name}." if name else f"{who} exited with code {code} and gave no reason."
+        # A worker records why before it exits. Later records only say what its end did to the others.
+        record = {
+            "rank": rank,
+            "who": who,
+            "type": "Killed" if name else "Exited",
+            "message": ended,
+            "traceback": ended,
+        }
+        stored = json.loads(self._store.compare_set(failure_key(), "", json.dumps(record)))
+        if stored["type"] == "Exited":
+            return WorkerError(f"{ended} Look at its output above.", cause_type="Exited", cause=ended)
+        if name and stored["type"] in ("Killed", "PeerLost"):
+            memory = " The system may have run out of memory." if name == "SIGKILL" else ""
+            return WorkerError(ended + memory, cause_type="Killed", cause=ended)
         return _worker_error(stored)
 
     def _end(self) -> None:

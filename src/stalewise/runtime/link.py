@@ -184,10 +184,10 @@ class Receiver:
         self._thread = threading.Thread(target=self._run, name=f"receive {self._endpoint.what}", daemon=True)
         self._thread.start()
 
-    def join(self, timeout_s: float | None = None) -> None:
-        """Wait for the END of the session, `timeout_s` or as long as for a frame."""
+    def join(self, timeout_s: float) -> None:
+        """Wait for the END of the session."""
         if self._thread is not None:
-            self._thread.join(self._timeout_s if timeout_s is None else timeout_s)
+            self._thread.join(timeout_s)
 
     def wake(self, error: WorkerError) -> None:
         """Make a waiting `get`, and every later one, raise."""

@@ -1,0 +1,79 @@
+"""Processes that are killed, stopped or interrupted."""
+
+from __future__ import annotations
+
+import signal
+import socket
+
+import pytest
+from dist_faults import FAULT_BATCH
+from dist_jobs import Ended
+
+pytestmark = [pytest.mark.dist, pytest.mark.slow, pytest.mark.timeout(110)]
+
+LIMIT_S = 10.0
+
+
+def name_of(job: Ended, stage: int) -> str:
+    """How messages name a stage."""
+    pid = (job.folder / f"rank.{stage}").read_text()
+    return f"stage {stage} (rank {stage}, host {socket.gethostname()}, pid {pid})"
+
+
+@pytest.mark.parametrize("stage", range(3))
+def test_a_worker_is_killed(stage: int, ended: dict[str, Ended]) -> None:
+    job = ended[f"kill stage {stage}"]
+    assert (job.error, job.cause_type) == ("WorkerError", "Killed")
+    assert job.message == (f"{name_of(job, stage)} was killed by SIGKILL. The system may have run out of memory.")
+    assert job.seconds_until_gone < LIMIT_S
+    assert job.left == ()
+    assert "Traceback" not in job.output
+
+
+@pytest.mark.parametrize("stopped", range(3))
+def test_a_worker_is_stopped(stopped: int, ended: dict[str, Ended]) -> None:
+    """Nothing dies, but a neighbour's timeout says whom it waited for, and for what.
+
+    That neighbour is the first whose time is over: next to the stopped one, or behind one that waits itself.
+    """
+    job = ended[f"stop stage {stopped}"]
+    assert (job.error, job.cause_type) == ("WorkerError", "ReceiveTimeout")
+    header, text = job.message.split("\n")
+    reporting = next(stage for stage in range(3) if header.startswith(name_of(job, stage)))
+    silent = reporting + (1 if stopped > reporting else -1)
+    kind = "gradient" if silent > reporting else "activation"
+    batch = int(header.rpartition("batch ")[2].partition(",")[0])
+    assert FAULT_BATCH - 4 <= batch <= FAULT_BATCH
+    assert header == f"{name_of(job, reporting)} failed, batch {batch}, receive {kind}:"
+    assert text.startswith(f"ReceiveTimeout: got no {kind} of batch {batch} from {name_of(job, silent)} in 1.5 s; ")
+    assert text.endswith(
+        f" Look at the log of rank {silent} first; raise recv_timeout_s only if a step really takes that long."
+    )
+    assert job.seconds_until_gone < LIMIT_S
+    assert job.left == ()
+
+
+def test_control_c(ended: dict[str, Ended]) -> None:
+    """SIGINT to the process group of the parent: one clean end, with the data loader's processes."""
+    job = ended["interrupt"]
+    assert job.error == "KeyboardInterrupt"
+    assert job.output == ""
+    assert job.seconds_until_gone < LIMIT_S
+    assert job.left == ()
+    assert len(list(job.folder.glob("loader.*"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [
+        ("kill parent", signal.SIGKILL),
+        ("terminate parent", signal.SIGTERM),
+        ("kill parent before the workers meet", signal.SIGKILL),
+    ],
+)
+def test_the_parent_dies(name: str, number: signal.Signals, ended: dict[str, Ended]) -> None:
+    """Its workers, and what they started, end themselves; a data loader's process alone would take 5 s to notice."""
+    job = ended[name]
+    assert job.exit_code == -number
+    assert job.seconds_until_gone < 4
+    assert job.left == ()
