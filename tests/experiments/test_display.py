@@ -72,3 +72,12 @@ def test_output_that_is_no_terminal_is_plain_lines(tmp_path: Path, capsys: pytes
     lines = capsys.readouterr().out.splitlines()
     assert "staleness (4,2,0)" in lines[0]
     assert lines[1:] == ["epoch 1/2  loss 0.5000  test accuracy 98.12%  450 samples/s  3.2 s"]
+
+
+def test_quiet_shows_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with make_display("quiet", tmp_path) as display:
+        display.begin(TrainConfig(epochs=2), 23, 1437)
+        display.show({"event": "batch", "loss": 1.0, "lr": 0.1, "batch": 0, "epoch": 1}, [])
+        display.end({})
+        display.finished(tmp_path)
+    assert capsys.readouterr().out == ""

@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 
 from stalewise._version import __version__
+from stalewise.cli.compare import compare
 from stalewise.cli.doctor import doctor
 from stalewise.cli.evaluate import evaluate
 from stalewise.cli.program import program
@@ -25,6 +26,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.command()(train)
+app.command()(compare)
 app.command()(evaluate)
 app.command()(program)
 app.command()(doctor)

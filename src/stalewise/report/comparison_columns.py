@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from stalewise.report.comparison_data import Comparison, Spread, TableRow
 from stalewise.report.wording import NOT_RECORDED, count, duration, percent, size, span
 
-__all__ = ["Cell", "Column", "columns", "percent_target", "sizes"]
+__all__ = ["Cell", "Column", "columns", "percent_target", "sizes", "unit_of"]
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def columns(comparison: Comparison) -> tuple[Column, ...]:
     target = comparison.target_accuracy
     every = (
         Column(key="test_accuracy", head="Test accuracy", importance=0, cell=lambda row: _accuracy(row.test_accuracy)),
-        Column(key="best_accuracy", head="Best epoch", importance=6, cell=lambda row: _accuracy(row.best_accuracy)),
+        Column(key="best_accuracy", head="Best accuracy", importance=6, cell=lambda row: _accuracy(row.best_accuracy)),
         Column(key="samples_per_s", head="Samples/s", importance=1, cell=lambda row: _spread(row.samples_per_s, count)),
         Column(key="speed_up", head="Speed-up over bp", importance=2, cell=lambda row: _spread(row.speed_up, _times)),
         Column(key="epoch_s", head="Time per epoch", importance=5, cell=lambda row: _time(row.epoch_s)),
@@ -91,11 +91,14 @@ def sizes(values: Sequence[float | None]) -> str:
     known = [value for value in values if value is not None]
     if not known:
         return NOT_RECORDED
-    unit, scale = next(
-        ((unit, scale) for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)) if max(known) >= scale),
-        ("B", 1),
-    )
+    unit, scale = unit_of(max(known))
     return f"{_joined([None if value is None else f'{value / scale:.3g}' for value in values])} {unit}"
+
+
+def unit_of(num_bytes: float) -> tuple[str, int]:
+    """The unit for a size, and its bytes."""
+    units = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
+    return next(((unit, scale) for unit, scale in units if num_bytes >= scale), ("B", 1))
 
 
 def _spread(value: Spread | None, text: Callable[[float], str]) -> Cell:
@@ -147,7 +150,8 @@ def _predicted(row: TableRow) -> Cell:
 
 
 def _resident(row: TableRow) -> Cell:
-    return Cell(sizes([None if stage.resident is None else stage.resident.mean for stage in row.memory]))
+    known = [stage.resident.mean for stage in row.memory if stage.resident is not None]
+    return Cell(sizes(known))
 
 
 def _utilisation(row: TableRow) -> Cell:
@@ -171,7 +175,8 @@ def _staleness_all(row: TableRow) -> Cell:
 def _staleness(mean: Spread | None, largest: int | None) -> Cell:
     if mean is None or largest is None:
         return Cell(NOT_RECORDED)
-    return Cell(count(mean.mean), f"at most {largest}" if largest else "")
+    value = count(mean.mean) if mean.mean.is_integer() else f"{mean.mean:.2f}"
+    return Cell(value, f"at most {largest}" if largest else "")
 
 
 def _difference(row: TableRow) -> Cell:

@@ -52,10 +52,6 @@ class Spread:
             return None
         return math.sqrt(math.fsum((value - self.mean) ** 2 for value in self.values) / (len(self.values) - 1))
 
-    def scaled(self, factor: float) -> Spread:
-        """Every value times `factor`."""
-        return Spread(tuple(value * factor for value in self.values))
-
     def as_dict(self) -> dict[str, Any]:
         """JSON values; what is not finite is null."""
         numbers = {"mean": self.mean, "min": self.low, "max": self.high, "std": self.deviation}

@@ -66,7 +66,9 @@ def summary_sentence(run: RunFolder, found: tuple[Finding, ...]) -> str:
         words.append(f"in {duration(wall)}")
     if (rate := run.total("samples_per_s")) is not None:
         words.append(f"at {count(rate)} samples/s")
-    if (stages := run.num_stages) is not None:
+    if (processes := run.config.integer("processes")) is not None:
+        words.append(f"on {plural(processes, 'process')} with a part of every batch each")
+    elif (stages := run.num_stages) is not None:
         words.append(f"on {plural(stages, 'stage')}")
     sentence = " ".join(words)
     if not ended:

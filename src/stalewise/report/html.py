@@ -124,7 +124,7 @@ def _byline(run: RunFolder) -> str:
 
 
 def _method_title(run: RunFolder) -> str:
-    method = run.config.text("method")
+    method = run.config.text("baseline") or run.config.text("method")
     if method is None:
         return ""
     queue = run.config.integers("queue")

@@ -107,15 +107,21 @@ def listing(text: str) -> Markup:
     return element("pre", element("code", text), tabindex="0")
 
 
-def page(title: str, *content: str) -> str:
-    """A whole page; its policy forbids it any script and any request."""
+def page(title: str, *content: str, style: str = "") -> str:
+    """A whole page; its policy forbids it any script and any request.
+
+    Args:
+        title: of the window.
+        content: of the body.
+        style: rules beyond those that all pages share.
+    """
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta http-equiv="Content-Security-Policy" '
         "content=\"default-src 'none'; style-src 'unsafe-inline'; img-src data:\">\n"
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n<link rel="icon" href="data:,">\n'
-        f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n"
+        f"<title>{escape(title)}</title>\n<style>{_STYLE}{style}</style>\n</head>\n<body>\n<main>\n"
         f"{_join(content, chr(10))}\n</main>\n</body>\n</html>\n"
     )
 

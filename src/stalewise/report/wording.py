@@ -36,6 +36,9 @@ _METHODS = {
     "pipemare": "PipeMare",
     "fdg": "FDG",
     "dsp": "DSP",
+    "dsp-stored": "DSP, stored graphs",
+    "one-process": "One process",
+    "data-parallel": "Data parallel",
 }
 _MODELS = {"resnet": "ResNet", "resnext": "ResNeXt", "vgg": "VGG", "wrn": "WRN", "densenet": "DenseNet"}
 _DATA = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "mnist": "MNIST", "imagenet": "ImageNet"}
@@ -79,7 +82,7 @@ def count(value: float | None) -> str:
 
 def plural(number: float, noun: str) -> str:
     """1 step, 8 steps, 1,200 batches."""
-    ending = "" if number == 1 else "es" if noun.endswith("ch") and noun != "epoch" else "s"
+    ending = "" if number == 1 else "es" if noun.endswith(("ch", "ss")) and noun != "epoch" else "s"
     return f"{count(number)} {noun}{ending}"
 
 

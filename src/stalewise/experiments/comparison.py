@@ -1,0 +1,365 @@
+"""A comparison of methods: which runs it takes, and running those that are not there yet, one after another.
+
+    OUT/comparison.json         what is compared; another comparison in the same folder is refused
+    OUT/partition.json          the cuts that all methods share, and the profile that they come from
+    OUT/runs/NAME-seedK/        a run folder each, as `stalewise train` leaves it
+    OUT/runs/NAME-seedK.running/    the same while it is written
+
+A run is complete when its folder has a summary.json. What is not complete is run again when the comparison is started
+again, what is stays as it is; so a comparison may be interrupted at any time. Seeds take turns outside and methods
+inside, so that what changes on the machine over hours falls on all methods alike.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from stalewise._version import __version__
+from stalewise.data import Batches, load_data
+from stalewise.errors import ConfigError, StalewiseError, WorkerError
+from stalewise.experiments.config import TrainConfig
+from stalewise.experiments.cuts import plan_cuts
+from stalewise.experiments.data_parallel import run_data_parallel
+from stalewise.experiments.environment import processor_name
+from stalewise.experiments.run_writer import prepare_run_folder, write_json
+from stalewise.experiments.training import run
+from stalewise.runtime.job import in_launched_job
+from stalewise.runtime.launch import launch
+
+__all__ = ["BASELINES", "ComparisonConfig", "Entry", "PlannedRun", "Runner"]
+
+BASELINES = ("one-process", "data-parallel")
+FAILURE = "failure.json"
+"""In a run folder: why the run failed."""
+
+_OF_A_RUN = ("method", "queue", "staleness", "options", "seed", "display")
+"""Fields of `TrainConfig` that differ between the runs, or do not matter to them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """A row of the comparison.
+
+    Args:
+        name: of the row and its run folders.
+        method: of `stalewise.methods.METHOD_NAMES`, or the name of a baseline.
+        options: of the method.
+        baseline: whether it is one.
+    """
+
+    name: str
+    method: str
+    options: Mapping[str, Any]
+    baseline: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedRun:
+    """One run: an entry with a seed."""
+
+    entry: Entry
+    seed: int
+
+    @property
+    def folder(self) -> str:
+        """Within the comparison's."""
+        return f"runs/{self.entry.name}-seed{self.seed}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparisonConfig:
+    """What is compared.
+
+    Args:
+        methods: names of methods, such as "dsp", or NAME=METHOD to have a method twice with other options.
+        options: of a method, by the name of its row.
+        baselines: of `BASELINES`.
+        seeds: runs per row, with the seeds 0, 1, ...
+        shared: what all runs have in common; its method, options and seed do not count.
+
+    Raises:
+        ConfigError: where a name is unknown or used twice, or an option does not fit.
+    """
+
+    methods: Sequence[str]
+    shared: TrainConfig
+    options: Mapping[str, Mapping[str, Any]]
+    baselines: Sequence[str] = BASELINES
+    seeds: int = 1
+
+    def __post_init__(self) -> None:
+        if isinstance(self.seeds, bool) or not isinstance(self.seeds, int) or self.seeds < 1:
+            raise ConfigError(f"seeds is {self.seeds!r}; a comparison needs at least 1.")
+        if not self.methods:
+            raise ConfigError("there is no method to compare; give some, such as --methods bp,dsp.")
+        names = [entry.name for entry in self.entries]
+        for index, name in enumerate(names):
+            if name in names[:index]:
+                raise ConfigError(f"{name!r} is compared twice; give one of them another name, as in deep={name}.")
+            if not name.replace("-", "").replace("_", "").replace(".", "").isalnum() or name.startswith("."):
+                raise ConfigError(f"{name!r} cannot name a row: use letters, digits, '-', '_' and '.' only.")
+        for name in self.options:
+            if name not in names:
+                raise ConfigError(
+                    f"there are options for {name!r}, which is not compared; there are {', '.join(names)}."
+                )
+        for name in self.baselines:
+            if name not in BASELINES:
+                raise ConfigError(f"there is no baseline {name!r}; there are {', '.join(BASELINES)}, or none.")
+        for planned in self.runs():
+            self.of(planned, ())
+
+    @property
+    def entries(self) -> tuple[Entry, ...]:
+        """The rows, baselines last."""
+        rows = []
+        for text in self.methods:
+            name, _, method = text.partition("=")
+            rows.append(Entry(name=name, method=method or name, options=dict(self.options.get(name, {}))))
+        return (*rows, *(Entry(name=name, method=name, options={}, baseline=True) for name in self.baselines))
+
+    def runs(self) -> Iterator[PlannedRun]:
+        """All runs in the order in which they take place."""
+        for seed in range(self.seeds):
+            for entry in self.entries:
+                yield PlannedRun(entry=entry, seed=seed)
+
+    def of(self, planned: PlannedRun, cuts: tuple[int, ...]) -> TrainConfig:
+        """The configuration of a run with the shared cuts."""
+        shared = replace(
+            self.shared, seed=planned.seed, display="quiet", partition=cuts, method="bp", options={}, queue=None
+        )
+        entry = planned.entry
+        if entry.baseline:
+            threads = self.shared.threads
+            if entry.method == "one-process":
+                cores = os.cpu_count() or 1
+                threads = None if threads is None else min(cores, threads * self.shared.stages)
+            return replace(
+                shared, method="bp", staleness=None, stages=1, partition=(), engine="sequential", threads=threads
+            )
+        options = dict(entry.options)
+        return replace(
+            shared,
+            method=entry.method,
+            staleness=_numbers(options.pop("staleness", None), f"--option {entry.name}:staleness"),
+            queue=_numbers(options.pop("queue", None), f"--option {entry.name}:queue"),
+            options=options,
+        )
+
+    def settings(self) -> dict[str, Any]:
+        """What all runs share, as JSON values."""
+        return {name: value for name, value in asdict(self.shared).items() if name not in _OF_A_RUN}
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON values that tell this comparison from others, the machine included."""
+        values = {
+            "rows": [asdict(entry) for entry in self.entries],
+            "seeds": self.seeds,
+            "shared": self.settings(),
+            "machine": machine(),
+        }
+        plain: dict[str, Any] = json.loads(json.dumps(values))
+        return plain
+
+
+def machine() -> dict[str, Any]:
+    """What the times of all runs depend on."""
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {
+        "processor": processor_name(),
+        "cores": os.cpu_count(),
+        "gpus": gpus,
+        "torch": torch.__version__,
+        "stalewise": __version__,
+    }
+
+
+class Runner:
+    """Runs what is missing of a comparison.
+
+    Args:
+        config: of the comparison.
+        path: its folder; made, continued, or with `overwrite` made anew.
+        overwrite: delete an older comparison in the folder.
+
+    Raises:
+        ConfigError: where the folder holds something else, or the process is one of several ranks.
+    """
+
+    def __init__(self, config: ComparisonConfig, path: Path, *, overwrite: bool) -> None:
+        if in_launched_job():
+            raise ConfigError("compare starts the processes of each run itself; call it once, without torchrun.")
+        self.config = config
+        self.path = path
+        _open(path, config.as_dict(), overwrite=overwrite)
+
+    def plan(self) -> dict[str, Any]:
+        """The content of partition.json: the cuts, and what they were chosen from. Profiles the model if need be."""
+        file = self.path / "partition.json"
+        if not file.is_file():
+            shared = self.path / ".shared.json"
+            write_json(shared, asdict(self.config.shared))
+            rows = {entry.name: asdict(entry) for entry in self.config.entries if not entry.baseline}
+            try:
+                launch(_plan_worker, num_workers=1, args=[str(self.path), rows])
+            finally:
+                shared.unlink()
+        plan: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        return plan
+
+    def state(self, planned: PlannedRun) -> Literal["done", "failed", "missing"]:
+        """Of a run, as its folder tells it."""
+        folder = self.path / planned.folder
+        if (folder / "summary.json").is_file():
+            return "done"
+        return "failed" if (folder / FAILURE).is_file() else "missing"
+
+    def error(self, planned: PlannedRun) -> str | None:
+        """Why a run failed, in a line."""
+        try:
+            return str(json.loads((self.path / planned.folder / FAILURE).read_text(encoding="utf-8"))["error"])
+        except (OSError, ValueError, KeyError):
+            return None
+
+    def execute(self, planned: PlannedRun) -> None:
+        """Make one run; a failure is recorded in its folder, and ends nothing else."""
+        final = self.path / planned.folder
+        folder = final.with_name(f"{final.name}.running")
+        for old in (folder, final):
+            if old.exists():
+                shutil.rmtree(old)
+        prepare_run_folder(folder, overwrite=False)
+        try:
+            config = self.config.of(planned, tuple(self.plan()["cuts"]))
+            if planned.entry.method == "data-parallel":
+                run_data_parallel(config, folder, ranks=self.config.shared.stages)
+            elif config.engine == "sequential":
+                # In a process of its own: its threads and its memory are then those of the run alone.
+                write_json(folder / "config.json", config.as_dict())
+                launch(_run_worker, num_workers=1, args=[str(folder)])
+            else:
+                run(config, folder)
+        except StalewiseError as error:
+            # A run that fails while it writes its report has left a summary, but it is not complete.
+            (folder / "summary.json").unlink(missing_ok=True)
+            write_json(folder / FAILURE, {"error": _in_a_line(error), "detail": str(error)})
+        folder.rename(final)
+
+
+def _run_worker(folder: str) -> None:
+    path = Path(folder)
+    run(TrainConfig.read(path / "config.json"), path)
+
+
+def _plan_worker(folder: str, rows: Mapping[str, Mapping[str, Any]]) -> None:
+    path = Path(folder)
+    shared = TrainConfig.read(path / ".shared.json")
+    data = load_data(
+        shared.data,
+        data_dir=None if shared.data_dir is None else Path(shared.data_dir),
+        train_limit=shared.train_limit,
+        test_limit=shared.test_limit,
+    )
+    batches = Batches(
+        data.train,
+        data.mean,
+        data.std,
+        batch_size=shared.batch_size,
+        seed=shared.seed,
+        epoch=0,
+        shuffle=True,
+        augment=shared.augment,
+    )
+    config = ComparisonConfig(methods=["bp"], shared=shared, options={}, baselines=())
+    methods = {name: config.of(PlannedRun(entry=Entry(**row), seed=0), ()).build_method() for name, row in rows.items()}
+    (batch,) = islice(batches, 1)
+    write_json(path / "partition.json", plan_cuts(shared, methods, batch, data.num_classes))
+
+
+def _open(path: Path, wanted: dict[str, Any], *, overwrite: bool) -> None:
+    """Make the folder, or find in it the same comparison."""
+    file = path / "comparison.json"
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        if not file.is_file():
+            raise ConfigError(
+                f"{path} holds something else than a comparison (it has no comparison.json); nothing there is touched. "
+                "Choose another --out."
+            )
+        if not overwrite:
+            _check_same(file, wanted)
+            return
+        shutil.rmtree(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        write_json(file, wanted)
+    except OSError as error:
+        raise ConfigError(f"cannot write to {path}: {error.strerror}. Choose another --out.") from None
+
+
+def _check_same(file: Path, wanted: dict[str, Any]) -> None:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{file} cannot be read ({error}), so it is not known what was compared there. Choose another --out, or "
+            "give --overwrite to delete what is there."
+        ) from None
+    differences = list(_differences(found, wanted))
+    if differences:
+        raise ConfigError(
+            f"{file.parent} holds another comparison: {'; '.join(differences)}. Runs of two must not mix in one table. "
+            "Give the same options to go on with that one, choose another --out, or give --overwrite to delete it."
+        )
+
+
+def _differences(found: Any, wanted: Mapping[str, Any]) -> Iterator[str]:
+    """What is not the same, in words."""
+    found = found if isinstance(found, dict) else {}
+    for name in wanted:
+        before, after = found.get(name), wanted[name]
+        if name in ("shared", "machine"):
+            yield from _differences(before, after)
+        elif name == "rows" and before != after:
+            yield f"its rows are {_row_names(before)} and would be {_row_names(after)}"
+        elif before != after:
+            yield f"its {name.replace('_', ' ')} is {json.dumps(before)} and would be {json.dumps(after)}"
+
+
+def _row_names(rows: Any) -> str:
+    if not isinstance(rows, list):
+        return "unknown"
+    described = []
+    for row in rows:
+        options = ", ".join(f"{name}={value}" for name, value in row.get("options", {}).items())
+        described.append(f"{row.get('name')}{f' ({options})' if options else ''}")
+    return ", ".join(described)
+
+
+def _in_a_line(error: StalewiseError) -> str:
+    """The cause without its traceback."""
+    if isinstance(error, WorkerError) and error.cause_type:
+        text = f"{error.cause_type}: {error.cause}" if error.cause_type != "Killed" else error.cause
+    else:
+        text = str(error)
+    return " ".join(text.split())[:300]
+
+
+def _numbers(value: Any, option: str) -> tuple[int, ...] | None:
+    """`"4,2,0"`, [4, 2, 0] or 4 as a tuple."""
+    if value is None:
+        return None
+    entries = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
+    try:
+        return tuple(int(entry) for entry in entries)
+    except (TypeError, ValueError):
+        raise ConfigError(f"{option} is {value!r}; give whole numbers such as 4,2,0.") from None
