@@ -30,6 +30,7 @@ from stalewise.engine.interpreter import Interpreter
 from stalewise.engine.messages import Activation, Gradient
 from stalewise.engine.split import Chain
 from stalewise.models import build_model
+from stalewise.protocol.trace import Span
 from stalewise.runtime.exchange import all_gather_json
 from stalewise.runtime.job import current_job
 
@@ -76,7 +77,7 @@ def worker(model_name: str, batch_size: int, rounds: int, seconds: float, out: s
     )
     for _ in pipeline.train([(images, labels)] * 4, drain=False):
         pass
-    assert pipeline.cuts is not None and pipeline.partition is not None
+    assert pipeline.cuts is not None
     local = _local_stage(model_name, method, pipeline.cuts, job.rank, images, labels, sgd)
     step = 0
     ratios, records = [], []
@@ -92,10 +93,10 @@ def worker(model_name: str, batch_size: int, rounds: int, seconds: float, out: s
         own = all_gather_json(statistics.mean(times[len(times) // 5 :]), job.group)
         slowest = max(own)
         count = max(8, round(seconds / slowest))
-        begin = len(pipeline.traces[0])
+        begin = len(own_trace(pipeline, job.rank))
         for _ in pipeline.train([(images, labels)] * count, drain=False):
             pass
-        updates = [span.end_ns for span in list(pipeline.traces[0])[begin:] if span.kind.value == "U"]
+        updates = [span.end_ns for span in own_trace(pipeline, job.rank)[begin:] if span.kind.value == "U"]
         updates = updates[len(updates) // 5 :]
         piped = max(all_gather_json((updates[-1] - updates[0]) / (len(updates) - 1) / 1e9, job.group))
         ratios.append(piped / slowest)
@@ -104,6 +105,10 @@ def worker(model_name: str, batch_size: int, rounds: int, seconds: float, out: s
         pass
     if job.rank == 0:
         Path(out).write_text(json.dumps({"ratios": ratios, "records": records, "cuts": pipeline.cuts}))
+
+
+def own_trace(pipeline: stalewise.Pipeline, rank: int) -> list[Span]:
+    return list(pipeline.traces()[rank])
 
 
 def _local_stage(model_name, method, cuts, rank, images, labels, sgd) -> Interpreter:  # type: ignore[no-untyped-def]
