@@ -167,19 +167,20 @@ def leave_early(folder: str) -> None:
 def leave_at_once(folder: str) -> None:
     """Training is all there is; each rank ends its part in the group as soon as its loop is over.
 
-    Rank 0 turns to the next message late, so its group could be gone by the time at which another rank ends its session.
+    Rank 0 turns to the next message late, so its group could be gone when another rank ends its session.
     """
     pipe = _plain_pipeline()
     fill = Receiver._fill
 
     def slow(self: Receiver, data: Tensor) -> None:
-        time.sleep(0.05)
+        time.sleep(0.3)
         fill(self, data)
 
+    batches = _plain_batches(2) if rank() == 0 else None
+    list(pipe.train(batches))
     if rank() == 0:
         Receiver._fill = slow
-    for _ in pipe.train(_plain_batches(5) if rank() == 0 else None):
-        pass
+    list(pipe.train(batches))
     dist.destroy_process_group()
     sys.exit(0)
 

@@ -19,7 +19,8 @@ from dist_jobs import wait_until_gone
 pytestmark = [pytest.mark.dist, pytest.mark.slow, pytest.mark.timeout(110)]
 
 SCRIPT = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what runs in the background
 sys.path.insert(0, {tests!r})
 import dist_faults
 import stalewise

@@ -67,7 +67,8 @@ def compare(
 ) -> None:
     """Train with several methods one after another, and write one table and one report of all.
 
-    Interrupted, the same command with the same --out goes on with what is missing.
+    Interrupted, the same command with the same --out goes on with what is missing. A run that fails is a row that
+    says why; the exit code is then 1.
 
     Example: stalewise compare --methods bp,gpipe,pipedream,dsp --model resnet20 --data digits --seeds 3 --out compared
     """
@@ -107,10 +108,12 @@ def compare(
         seeds=seeds,
         shared=shared,
     )
-    run_comparison(
+    comparison = run_comparison(
         config,
         out or Path("runs") / f"compare-{'-'.join(names)}-{datetime.datetime.now():%Y%m%d-%H%M%S}",
         overwrite=overwrite,
         target_accuracy=parse_accuracy(target_accuracy),
         display=JsonLines() if json else TextLines(),
     )
+    if any(row.failures for row in comparison.rows):
+        raise typer.Exit(1)

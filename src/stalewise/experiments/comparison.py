@@ -25,7 +25,7 @@ import torch
 
 from stalewise._version import __version__
 from stalewise.data import Batches, load_data
-from stalewise.errors import ConfigError, StalewiseError, WorkerError
+from stalewise.errors import ConfigError, DataError, PlanError, StalewiseError, WorkerError
 from stalewise.experiments.config import TrainConfig
 from stalewise.experiments.cuts import plan_cuts
 from stalewise.experiments.data_parallel import run_data_parallel
@@ -348,7 +348,9 @@ def _row_names(rows: Any) -> str:
 def _in_a_line(error: StalewiseError) -> str:
     """The cause without its traceback."""
     if isinstance(error, WorkerError) and error.cause_type:
-        text = f"{error.cause_type}: {error.cause}" if error.cause_type != "Killed" else error.cause
+        # These messages speak for themselves.
+        plain = ("Killed", *(kind.__name__ for kind in (ConfigError, PlanError, DataError)))
+        text = error.cause if error.cause_type in plain else f"{error.cause_type}: {error.cause}"
     else:
         text = str(error)
     return " ".join(text.split())[:300]

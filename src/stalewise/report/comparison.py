@@ -128,7 +128,11 @@ def _results(comparison: Comparison) -> Markup:
         if (comparison.seeds > 1)
         else "One seed each: differences of a point in accuracy may be chance."
     )
-    remarks = [element("li", element("strong", row.title), f": {row.remark}.") for row in comparison.rows if row.remark]
+    remarks = [
+        element("li", element("strong", row.title), f": {row.remark.rstrip('.')}.")
+        for row in comparison.rows
+        if row.remark
+    ]
     return section(
         "Results",
         _table(comparison, shown),

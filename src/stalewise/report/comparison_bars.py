@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from stalewise.report.comparison_columns import unit_of
-from stalewise.report.comparison_data import Comparison, Spread, TableRow
+from stalewise.report.comparison_data import Comparison, Spread, StageMemory, TableRow
 from stalewise.report.figures import stage_colour
 from stalewise.report.svg import INK, MUTED, draw_svg
 from stalewise.report.wording import NOT_RECORDED, count, percent, size
@@ -109,7 +109,7 @@ def memory_categories(comparison: Comparison) -> str:
     """What the memory of each stage is used for: a bar per row and stage, a tick for the predicted total."""
     rows = [row for row in comparison.rows if any(stage.measured for stage in row.memory)]
     bars = [(row, stage) for row in rows for stage in range(len(row.memory))]
-    names = [name for name in CATEGORIES if any(name in row.memory[stage].measured for row, stage in bars)]
+    names = [name for name in CATEGORIES if any(_held(row.memory[stage], name) for row, stage in bars)]
     gap = 0.55
     places, place = [], 0.0
     for index, (_, stage) in enumerate(bars):
@@ -127,7 +127,7 @@ def memory_categories(comparison: Comparison) -> str:
         for (row, stage), y in zip(bars, places, strict=True):
             part, start = row.memory[stage], 0.0
             for name in names:
-                length = part.measured[name].mean if name in part.measured else 0.0
+                length = _held(part, name)
                 axes.barh([y], [length], left=start, height=0.8, color=CATEGORIES[name], zorder=2)
                 start += length
             predicted = part.predicted.get("total")
@@ -187,6 +187,10 @@ def memory_categories(comparison: Comparison) -> str:
         )
 
     return draw_svg(draw, _WIDE, height, "categories", "Memory of each stage by what it is used for")
+
+
+def _held(part: StageMemory, category: str) -> float:
+    return part.measured[category].mean if category in part.measured else 0.0
 
 
 def _range(axes: Any, place: int, value: Spread, height: float) -> None:

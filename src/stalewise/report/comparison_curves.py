@@ -74,7 +74,13 @@ def curves(comparison: Comparison, what: str, over: str) -> str:
             style = _line(comparison, row)
             few = len(x) <= 16
             every = 1 if few else max(1, len(x) // 8)
-            axes.plot(x, [value.mean for value in spreads], **style, markersize=5.5 if few else 5, markevery=every)
+            axes.plot(
+                x,
+                [value.mean for value in spreads],
+                **style,
+                markersize=7 if len(x) == 1 else 5.5 if few else 5,
+                markevery=every,
+            )
             if any(value.low < value.high for value in spreads):
                 axes.fill_between(
                     x,

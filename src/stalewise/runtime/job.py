@@ -31,6 +31,7 @@ GROUP_TIMEOUT = timedelta(days=7)
 """Of collectives and messages; stalls are found by the receivers' own timeout, deaths by the monitor."""
 
 CLOCK_ROUNDS = 16
+PARTING_POLL_S = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,12 +95,24 @@ def current_job() -> Job:
 
 
 def leave_job() -> None:
-    """Part from the other ranks after the last message; nothing happens where no job was joined."""
+    """Part from the other ranks when all are ready to; nothing happens where no job was joined.
+
+    gloo lets a complete transfer fail where the peer's connection closes before the waiting thread wakes up. So no rank
+    closes its connections before all are here; what fails from then on fails because others have left.
+
+    Raises:
+        WorkerError: where another rank fails meanwhile.
+    """
     global _job
     if _job is not None:
         job, _job = _job, None
         for close in job.closers:
             close()
+        parting = job.group.barrier()
+        while not parting.is_completed():
+            if (cause := job.monitor.cause()) is not None:
+                raise cause
+            time.sleep(PARTING_POLL_S)
         job.monitor.stop()
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -128,6 +128,7 @@ class _Workers:
         environment = {
             "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
             "OMP_NUM_THREADS": str(threads),
+            "TORCH_CPP_LOG_LEVEL": "ERROR",  # torch warns of every closed connection; the first cause says it all
             **os.environ,
             CHILD_VARIABLE: json.dumps(settings),
             "MASTER_ADDR": "127.0.0.1",
