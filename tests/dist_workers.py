@@ -272,4 +272,8 @@ def in_a_group_of_the_users(folder: str) -> None:
     losses += leaving.train(dist_net.batches(3, 10) if rank() == 0 else None)
     save(folder, "rank 0 leaves", {"losses": losses, "state": leaving.state_dict()})
     save(folder, "freed", drop_a_pipeline())
+
+    measured = dist_net.pipeline(2, partition="profile", verbose=False)
+    losses = list(measured.train(data))
+    save(folder, "profile", {"cuts": measured.cuts, "losses": losses, "state": measured.state_dict()})
     dist.destroy_process_group()

@@ -212,9 +212,7 @@ def test_one_trained_stage_is_delayed_sgd_on_a_quadratic(delay: int) -> None:
     )
     assert seen == pytest.approx(truth[1:], rel=1e-12)
     assert result.optimizers[1] is None
-    expected = [
-        a / 2 * (h.item() + truth[max(0, n - delay)] - t.item()) ** 2 for n, (h, t) in enumerate(batches)
-    ]
+    expected = [a / 2 * (h.item() + truth[max(0, n - delay)] - t.item()) ** 2 for n, (h, t) in enumerate(batches)]
     assert result.losses == pytest.approx(expected, rel=1e-9)
 
 
@@ -277,9 +275,7 @@ def sines_by_hand(
 
 
 @pytest.mark.parametrize("drains", [(), (7,), (3, 4, 15)])
-@pytest.mark.parametrize(
-    "staleness", [(0, 0, 0), (2, 1, 0), (4, 2, 0), (10, 5, 0), (3, 3, 0), (2, 0, 0), (50, 1, 0)]
-)
+@pytest.mark.parametrize("staleness", [(0, 0, 0), (2, 1, 0), (4, 2, 0), (10, 5, 0), (3, 3, 0), (2, 0, 0), (50, 1, 0)])
 def test_three_trained_stages_follow_the_hand_written_recurrence(
     staleness: tuple[int, ...], drains: tuple[int, ...]
 ) -> None:
@@ -306,9 +302,7 @@ def test_staleness_and_drains_change_the_weights_far_above_rounding() -> None:
 
     def final(staleness: tuple[int, ...], drains: tuple[int, ...] = ()) -> float:
         layers: list[nn.Module] = [Sine(w) for w in (1.3, 0.8, 1.7)]
-        train_reference(
-            layers, (1, 2), staleness, batches, half_square, lambda p: SGD(p, 0.1, 0.5), drains=drains
-        )
+        train_reference(layers, (1, 2), staleness, batches, half_square, lambda p: SGD(p, 0.1, 0.5), drains=drains)
         return layers[0].weight.item()
 
     values = [
@@ -335,9 +329,7 @@ def test_stability_limit_of_shifts_on_a_quadratic(staleness: tuple[int, ...], li
             layers[1] = nn.Identity()
         zero = torch.zeros((), dtype=torch.float64)
         cuts = tuple(range(1, len(staleness)))
-        result = train_reference(
-            layers, cuts, staleness, [(zero, zero)] * 1500, half_square, lambda p: SGD(p, lr)
-        )
+        result = train_reference(layers, cuts, staleness, [(zero, zero)] * 1500, half_square, lambda p: SGD(p, lr))
         return max(result.losses[-20:]) / result.losses[0]
 
     assert final_error(0.98 * limit) < 1e-3
@@ -350,9 +342,7 @@ def test_stability_limit_of_shifts_on_a_quadratic(staleness: tuple[int, ...], li
 @pytest.mark.parametrize(
     ("staleness", "drains"), [((4, 2, 0), ()), ((4, 2, 0), (5, 6)), ((3, 3, 0), (2,)), ((9, 0, 0), ())]
 )
-def test_order_of_passes_and_updates_and_batchnorm_counts(
-    staleness: tuple[int, ...], drains: tuple[int, ...]
-) -> None:
+def test_order_of_passes_and_updates_and_batchnorm_counts(staleness: tuple[int, ...], drains: tuple[int, ...]) -> None:
     """Every pass sees the declared number of updates; each of the N updates changes every weight."""
     num_batches = 11
     layers = cnn()

@@ -9,9 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from comparison_folders import no_training
 from safetensors.torch import load_file
 
 from stalewise.cli.main import run
+
+__all__ = ["no_training"]
 
 TINY = [
     *("--model", "resnet8", "--data", "digits", "--train-limit", "96", "--test-limit", "40", "--batch-size", "16"),
@@ -140,3 +143,15 @@ def test_help_explains_the_options() -> None:
     assert done.returncode == 0
     for option in ("--methods", "--baselines", "--target-accuracy", "--overwrite", "--seeds"):
         assert option in done.stdout
+
+
+def test_a_failed_row_shows_in_the_exit_code(
+    no_training: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["stalewise", "compare", "--methods", "bp,dni", "--baselines", "none", "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as ended:
+        run()
+    assert ended.value.code == 1
+    assert no_training == ["bp-seed0", "dni-seed0"]
+    assert "dni: failed: ValueError: <no> batch | left" in capsys.readouterr().out

@@ -13,8 +13,10 @@ Batches of 16 samples of float32 and targets of int64:
 
 from __future__ import annotations
 
-import itertools
 import json
+import os
+import resource
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -431,16 +433,14 @@ class TestTraffic:
 
 class TestResidentMemory:
     def test_linux(self) -> None:
-        if not Path("/proc/self/status").exists():
+        if not sys.platform.startswith("linux"):
             pytest.skip("not Linux")
-        before = resident_bytes()
-        assert before is not None
-        ballast = torch.ones(before // 4 + (16 << 20))
-        after = resident_bytes()
-        assert after is not None
-        assert after - before > 8 << 20
-        assert after > ballast.nbytes
-        assert pipeline(BP(stages=2)).resident_memory() == [after, after]
+        now = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        most = resident_bytes()
+        assert most is not None
+        # Counters of the kernel that are kept apart, and a parent's peak may count in the second.
+        assert 0.99 * now <= most <= 1.01 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        assert pipeline(BP(stages=2)).resident_memory() == [resident_bytes()] * 2
 
     def test_elsewhere(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def fails(self: Path, **options: Any) -> str:
@@ -475,13 +475,13 @@ def test_processes_tell_the_same_on_every_rank_and_as_one_process(tmp_path: Path
         alone, together = dist_memory.measured(name), told[0][name]
         assert together["losses"] == alone["losses"]
         assert together["bytes_sent"] == alone["bytes_sent"]
-        assert len(set(together["resident"])) == 2
+        assert all(resident is None or resident > 50 << 20 for resident in together["resident"])
         for here, there in zip(alone["peaks"], together["peaks"], strict=True):
             for category in ("weights", "stashed", "optimizer", "gradients", "inputs", "graphs"):
                 assert there[category] == here[category], (name, category)
             assert there["queues"] > 0
-        for peak, peaks in itertools.chain(zip(together["memory"], together["peaks"], strict=True)):
-            assert 0 < peak["total"] <= sum(size for category, size in peaks.items() if category != "total")
+        for peak, peaks in zip(together["memory"], together["peaks"], strict=True):
+            assert 0 < peak["total"] <= peaks["total"]
 
 
 def test_pipedream_stashes_what_its_staleness_says() -> None:

@@ -23,9 +23,7 @@ def layer(forward_s: float | None, backward_s: float | None, **other: Any) -> La
 
 def example() -> Partition:
     layers = [layer(0.001 * (1 + index % 2), 0.004, name=f"fc{index}") for index in range(4)]
-    return fixed_partition(
-        [*layers, layer(0.5, 0.25, parameters=1_234_567)], (1, 4), recompute=(True, False, False)
-    )
+    return fixed_partition([*layers, layer(0.5, 0.25, parameters=1_234_567)], (1, 4), recompute=(True, False, False))
 
 
 class TestPartition:
@@ -65,16 +63,10 @@ class TestPartition:
         with pytest.raises(PlanError, match=re.escape(message)):
             partition([layer(1, 1)] * num_layers, recompute=[True] * num_stages)
 
-    @pytest.mark.parametrize(
-        ("forward_s", "backward_s", "missing"), [(None, 1.0, "forward"), (1.0, None, "backward")]
-    )
-    def test_unknown_times_are_refused(
-        self, forward_s: float | None, backward_s: float | None, missing: str
-    ) -> None:
+    @pytest.mark.parametrize(("forward_s", "backward_s", "missing"), [(None, 1.0, "forward"), (1.0, None, "backward")])
+    def test_unknown_times_are_refused(self, forward_s: float | None, backward_s: float | None, missing: str) -> None:
         layers = [layer(1, 1), layer(forward_s, backward_s, name="head")]
-        with pytest.raises(
-            PlanError, match=rf"layer 1 \(head, Linear\) has no known {missing} time.*Profile"
-        ):
+        with pytest.raises(PlanError, match=rf"layer 1 \(head, Linear\) has no known {missing} time.*Profile"):
             partition(layers, recompute=[True, False])
 
     @pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
@@ -213,9 +205,7 @@ class TestCuts:
 
 @pytest.mark.parametrize("module", [stalewise.plan, stalewise.plan.partition, stalewise.plan.split])
 def test_planning_needs_no_torch(module: ModuleType) -> None:
-    names = [
-        line.split()[1] for line in inspect.getsource(module).splitlines() if re.match("from|import", line)
-    ]
+    names = [line.split()[1] for line in inspect.getsource(module).splitlines() if re.match("from|import", line)]
     assert not any(name.split(".")[0] == "torch" for name in names)
     assert {name for name in names if name.startswith("stalewise")} <= {
         "stalewise.errors",

@@ -110,9 +110,7 @@ class TestTimes:
 
     def test_the_last_layer_is_timed_with_the_loss(self, clock: Clock) -> None:
         loss = Timed(clock, [10], 20)
-        costs = profile(
-            [Timed(clock), Timed(clock)], torch.ones(2), loss_fn=lambda output, _: loss(output.sum())
-        )
+        costs = profile([Timed(clock), Timed(clock)], torch.ones(2), loss_fn=lambda output, _: loss(output.sum()))
         assert [(cost.forward_s, cost.backward_s) for cost in costs] == [(1, 2), (11, 22)]
 
     def test_every_pass_of_every_layer_is_counted(self, clock: Clock) -> None:
@@ -124,9 +122,7 @@ class TestTimes:
         ("budget_s", "passes"),
         [(0, [2, 2]), (12, [2, 2]), (18, [3, 3]), (24, [4, 4]), (1e6, [4, 4])],
     )
-    def test_the_budget_is_shared_by_the_layers(
-        self, clock: Clock, budget_s: float, passes: list[int]
-    ) -> None:
+    def test_the_budget_is_shared_by_the_layers(self, clock: Clock, budget_s: float, passes: list[int]) -> None:
         layers = [Timed(clock), Timed(clock)]  # 3 s a pass
         profile(layers, torch.ones(2), budget_s=budget_s)
         assert [len(layer.needs) for layer in layers] == passes
@@ -196,9 +192,7 @@ class TestTimes:
 class TestCosts:
     def test_sizes_names_and_types(self) -> None:
         frozen = nn.Linear(3, 5).requires_grad_(False)
-        costs = profile(
-            [frozen, nn.ReLU(), nn.Linear(5, 2).double()][:2], torch.ones(7, 3), names=["a", "b.0"]
-        )
+        costs = profile([frozen, nn.ReLU(), nn.Linear(5, 2).double()][:2], torch.ones(7, 3), names=["a", "b.0"])
         assert [(cost.parameters, cost.output_bytes, cost.name, cost.type) for cost in costs] == [
             (20, 7 * 5 * 4, "a", "Linear"),
             (0, 7 * 5 * 4, "b.0", "ReLU"),
@@ -363,9 +357,7 @@ class TestNothingChanges:
 
 class TestErrors:
     def test_a_layer_that_does_not_fit(self) -> None:
-        with pytest.raises(
-            PlanError, match=r"(?s)layer 1 \(head, Linear\) failed in its forward on cpu: "
-        ) as caught:
+        with pytest.raises(PlanError, match=r"(?s)layer 1 \(head, Linear\) failed in its forward on cpu: ") as caught:
             profile(
                 [nn.Linear(4, 4), nn.Linear(5, 2), nn.ReLU()],
                 torch.ones(2, 4),
@@ -388,9 +380,7 @@ class TestErrors:
             def backward_s(self, value: float) -> None:
                 pass
 
-        with pytest.raises(
-            PlanError, match=r"layer 0 \(layer0, Broken\) failed in its backward on cpu: ZeroDiv"
-        ):
+        with pytest.raises(PlanError, match=r"layer 0 \(layer0, Broken\) failed in its backward on cpu: ZeroDiv"):
             profile([Broken(clock), nn.ReLU()], torch.ones(2))
 
     def test_a_layer_that_cannot_be_built(self) -> None:
@@ -404,9 +394,7 @@ class TestErrors:
             profile([nn.ReLU(), build], torch.ones(2))
 
     def test_what_is_built_is_a_layer(self) -> None:
-        with pytest.raises(
-            PlanError, match=r"layer 0 \(layer0, dict\) returned a value of type dict; a layer is"
-        ):
+        with pytest.raises(PlanError, match=r"layer 0 \(layer0, dict\) returned a value of type dict; a layer is"):
             profile([dict], torch.ones(2))
 
     def test_a_layer_without_shapes(self) -> None:
@@ -420,9 +408,7 @@ class TestErrors:
             profile([nn.ReLU()], torch.ones(2), loss_fn=nn.CrossEntropyLoss(), targets=torch.ones(3))
 
     def test_a_loss_that_is_not_one_number(self) -> None:
-        with pytest.raises(
-            PlanError, match=r"loss_fn returned float32\[2\] for the output float32\[2\] of layer 0"
-        ):
+        with pytest.raises(PlanError, match=r"loss_fn returned float32\[2\] for the output float32\[2\] of layer 0"):
             profile([nn.ReLU()], torch.ones(2), loss_fn=lambda output, _: output)
 
     @pytest.mark.parametrize(

@@ -23,9 +23,7 @@ def stage_costs(
     ]
 
 
-def brute_force(
-    forward: Sequence[float], backward: Sequence[float], recompute: Sequence[bool]
-) -> tuple[int, ...]:
+def brute_force(forward: Sequence[float], backward: Sequence[float], recompute: Sequence[bool]) -> tuple[int, ...]:
     """The best of all cuts, by the documented order."""
 
     def rank(cuts: tuple[int, ...]) -> tuple[float, float, tuple[int, ...]]:
@@ -53,9 +51,7 @@ def test_small_costs_with_many_ties_give_the_cuts_of_the_search(
 
 @settings(max_examples=100, deadline=None)
 @given(problems(st.integers(0, 1_000_000)), st.integers(-60, 60))
-def test_any_unit_gives_the_cuts_of_the_search(
-    problem: tuple[list[int], list[int], list[bool]], exponent: int
-) -> None:
+def test_any_unit_gives_the_cuts_of_the_search(problem: tuple[list[int], list[int], list[bool]], exponent: int) -> None:
     forward, backward, recompute = problem
     scaled = [[cost * 2.0**exponent for cost in costs] for costs in (forward, backward)]
     assert best_cuts(*scaled, recompute) == brute_force(*problem)

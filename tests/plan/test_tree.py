@@ -48,6 +48,5 @@ def test_tensors_come_in_order() -> None:
 
 def test_describe() -> None:
     assert describe(example()) == (
-        "{'x': (float32[2, 3], [int64[4], NoneType, int]), 'pair': (float32[], str), "
-        "'ordered': {'y': bool[0]}}"
+        "{'x': (float32[2, 3], [int64[4], NoneType, int]), 'pair': (float32[], str), 'ordered': {'y': bool[0]}}"
     )

@@ -154,6 +154,10 @@ def test_the_lead_says_what_came_out(compared: Comparison) -> None:
         ("First to 84%", "8.00 s"),
         ("Least memory", "2.00 MiB"),
     ]
+    quick = replace(compared.rows[3], title="One process", samples_per_s=Spread((500.0,)))
+    assert "One process, which needs no pipeline, is 2.00 times as fast as that." in lead(
+        replace(compared, rows=(*compared.rows[:3], quick))
+    )
     assert lead(replace(compared, rows=compared.rows[2:])) == "No method has a result yet."
 
 
@@ -163,6 +167,8 @@ def test_what_forbids_to_read_the_numbers_is_said(compared: Comparison) -> None:
     assert warnings(complete) == []
     few = replace(complete, machine={"cores": 1})
     assert [head for head, _ in warnings(few)] == ["2 stages shared 1 core"]
+    probed = replace(complete, settings={**complete.settings, "gradient_difference_every": 8})
+    assert [head for head, _ in warnings(probed)] == ["The runs measured gradient differences"]
     alone = replace(few, settings={**few.settings, "engine": "sequential"})
     assert [head for head, _ in warnings(alone)] == ["The stages took turns in one process"]
 
@@ -201,6 +207,14 @@ def test_rows_keep_their_look_in_every_curve(compared: Comparison) -> None:
         colours = re.findall(r"stroke: (#[0-9a-f]{6})", comparison_curves.key_line(compared, row))
         assert colours[0] == re.findall(r"stroke: (#[0-9a-f]{6})", comparison_curves.key_line(fewer, row))[0]
         assert colours[0] in comparison_curves.curves(compared, "loss", "time")
+
+
+def test_a_wild_loss_leaves_the_picture_and_the_caption_says_so(compared: Comparison, tmp_path: Path) -> None:
+    assert comparison_curves.beyond_the_picture(compared) == []
+    wild = replace(curve(0.1, 1.0), loss=(3.0, 40.0, 90.0))
+    rows = (*compared.rows[:2], replace(compared.rows[2], curves=(wild,)))
+    assert comparison_curves.beyond_the_picture(replace(compared, rows=rows)) == ["dni"]
+    assert "dni leaves the picture at the top." in Tags(written(replace(compared, rows=rows), tmp_path)).text
 
 
 def test_what_is_missing_leaves_a_report_all_the_same(compared: Comparison, tmp_path: Path) -> None:

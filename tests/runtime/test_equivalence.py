@@ -46,6 +46,15 @@ def test_pipelines_beside_each_other(job_folder: JobFolder) -> None:
             assert_equal(state, expected.state_dict(), f"pipeline {index} in rank {rank}")
 
 
+def test_cuts_that_rank_0_measures(job_folder: JobFolder) -> None:
+    """They are the same on all ranks, the measuring leaves no trace, and the batch it was done with is trained."""
+    seen = load(job_folder(2), "profile", 2)
+    expected = dist_net.pipeline(2, engine="sequential", partition=seen[0]["cuts"])
+    losses = list(expected.train(dist_net.batches(12, 8)))
+    for one in seen:
+        assert_equal(one, {"cuts": expected.cuts, "losses": losses, "state": expected.state_dict()})
+
+
 def test_only_the_reading_rank_leaves_its_loop(job_folder: JobFolder) -> None:
     """Then the others end their loop after the same batches, and the next call goes on as in one process."""
     pipe = dist_net.pipeline(2, engine="sequential")

@@ -61,6 +61,11 @@ if __name__ == "__main__":
     stalewise.launch(train, num_workers=2, args=[sys.argv[1], "first", 1])
     print("after")
 """,
+    "as a folder": """
+if __name__ == "__main__":
+    stalewise.launch(alone, num_workers=1, args=[sys.argv[1]])
+    print("after")
+""",
     "python -m": """
 stalewise.launch(train, num_workers=2, args=[sys.argv[1], "first", 1])
 print("after")
@@ -108,10 +113,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Finished]:
         package = folder / "package"
         package.mkdir()
         (package / "__init__.py").touch()
-        script = package / "train.py"
+        script = package / ("__main__.py" if name == "as a folder" else "train.py")
         script.write_text(PRELUDE.format(tests=str(TESTS)) + text)
+        if name in ("with a guard", "as a folder"):  # Python does not look there, so workers must not either
+            (folder / "queue.py").write_text("raise AssertionError")
         command = {
             "python -m": ["-m", "package.train"],
+            "as a folder": ["package"],
             "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)],
         }.get(name, ["package/train.py"])
         with open(folder / "output", "wb") as output:
@@ -171,6 +179,13 @@ class TestScripts:
         assert script.output.split() == ["after"]
         assert script.imports() == [*"01", "parent"]
 
+    def test_as_a_folder(self, finished: dict[str, Finished]) -> None:
+        """Python calls its __main__.py a module of that name."""
+        script = finished["as a folder"]
+        assert script.code == 0, script.output
+        assert len(script.results("alone", 1)[0]) == 3
+        assert script.imports() == ["0", "parent"]
+
     def test_torchrun(self, finished: dict[str, Finished]) -> None:
         """launch calls main in each process; a rank may leave with exit code 0 while others drain."""
         script = finished["torchrun"]
@@ -201,9 +216,12 @@ class TestWhatCannotBeStarted:
         with pytest.raises(ConfigError, match=r"dist_workers.long_run: importing the module gives another object"):
             stalewise.launch(original, num_workers=2)
 
-    def test_arguments_that_are_not_json(self) -> None:
-        with pytest.raises(ConfigError, match="use JSON values only"):
-            stalewise.launch(dist_workers.long_run, num_workers=2, args=[Path("folder")])
+    @pytest.mark.parametrize(
+        ("argument", "message"), [(Path("folder"), "use JSON values only"), ("x" * 100_000, "Write them to a file")]
+    )
+    def test_arguments_that_cannot_be_passed_on(self, argument: Any, message: str) -> None:
+        with pytest.raises(ConfigError, match=message):
+            stalewise.launch(dist_workers.long_run, num_workers=2, args=[argument])
 
     @pytest.mark.parametrize("place", ["interactive session", "standard input", "notebook"])
     def test_what_no_file_holds(self, place: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,6 +31,7 @@ from stalewise.report.page import (
 from stalewise.report.wording import (
     NOT_RECORDED,
     data_name,
+    listed,
     model_name,
     plural,
 )
@@ -185,10 +186,12 @@ def _curves(comparison: Comparison) -> Markup:
         if comparison.seeds > 1
         else Markup("")
     )
+    wild = comparison_curves.beyond_the_picture(comparison)
+    gone = f" {listed(wild)} {'leaves' if len(wild) == 1 else 'leave'} the picture at the top." if wild else ""
     pictures = (
         ("accuracy", "epoch", "Test accuracy by epoch", "What a method makes of the same number of samples."),
         ("accuracy", "time", "Test accuracy by time", "What it makes of the same time: speed and staleness together."),
-        ("loss", "epoch", "Training loss by epoch", "Mean over the batches of each epoch."),
+        ("loss", "epoch", "Training loss by epoch", f"Mean over the batches of each epoch.{gone}"),
         ("loss", "time", "Training loss by time", "Time since the run began, evaluations included."),
     )
     return section(

@@ -1,6 +1,6 @@
 """The bars of a comparison: speed, accuracy and memory of each row, as SVG texts for a page.
 
-The best row is dark, baselines are grey. Stages have the colours that they have in the report of a run.
+The best method is dark, baselines are grey. Stages have the colours that they have in the report of a run.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ def speed_bars(comparison: Comparison) -> str:
         return count(row.samples_per_s.mean), times
 
     def draw(axes: Any) -> float:
-        best = max((value.mean for value in found if value is not None), default=0.0)
+        best = _best(comparison.rows, found)
         for place, (row, value) in enumerate(zip(comparison.rows, found, strict=True)):
             if value is not None:
-                colour = _ACCENT if value.mean == best else _GREY if row.baseline else _LIGHT
+                colour = _GREY if row.baseline else _ACCENT if value.mean == best else _LIGHT
                 axes.barh([place], [value.mean], height=0.62, color=colour, zorder=2)
                 _range(axes, place, value, 0.62)
         axes.set_xlim(left=0)
@@ -64,16 +64,16 @@ def accuracy_dots(comparison: Comparison) -> str:
 
     def draw(axes: Any) -> float:
         known = [value for value in found if value is not None and math.isfinite(value.mean)]
-        best = max((value.mean for value in known), default=0.0)
+        best = _best(comparison.rows, found)
         low = min((value.low for value in known), default=0.0)
         high = max((value.high for value in known), default=1.0)
         for place, (row, value) in enumerate(zip(comparison.rows, found, strict=True)):
             if value is None:
                 continue
-            colour = _ACCENT if value.mean == best else "#9ca3af" if row.baseline else "#7fa0cb"
+            colour = "#9ca3af" if row.baseline else _ACCENT if value.mean == best else "#7fa0cb"
             if value.low < value.high:
                 axes.plot([value.low, value.high], [place, place], color=colour, linewidth=3.2, alpha=0.4)
-            axes.plot([value.mean], [place], marker="o", markersize=8, color=colour)
+            axes.plot([value.mean], [place], marker="o", markersize=8, color=colour, clip_on=False)
         axes.set_xlim(left=low - 0.06 * max(high - low, 0.01))
         return high
 
@@ -187,6 +187,12 @@ def memory_categories(comparison: Comparison) -> str:
         )
 
     return draw_svg(draw, _WIDE, height, "categories", "Memory of each stage by what it is used for")
+
+
+def _best(rows: Sequence[TableRow], found: Sequence[Spread | None]) -> float:
+    """The highest mean of a method; baselines do not compete."""
+    values = [value.mean for row, value in zip(rows, found, strict=True) if value is not None and not row.baseline]
+    return max((value for value in values if math.isfinite(value)), default=math.nan)
 
 
 def _held(part: StageMemory, category: str) -> float:

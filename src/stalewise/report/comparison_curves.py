@@ -15,7 +15,7 @@ from stalewise.report.comparison_columns import percent_target
 from stalewise.report.comparison_data import Comparison, Curve, Spread, TableRow
 from stalewise.report.svg import MUTED, draw_svg
 
-__all__ = ["curves", "key_line"]
+__all__ = ["beyond_the_picture", "curves", "key_line"]
 
 _FIXED = {
     "bp": "#1f2937",
@@ -112,7 +112,7 @@ def curves(comparison: Comparison, what: str, over: str) -> str:
                 axes.set_xlim(0, 2)
         elif ends:
             axes.set_xlim(0, 1.03 * max(ends))
-        _y_limits(axes, seen, accuracy=accuracy)
+        _y_limits(axes, seen, accuracy=accuracy, cap=math.inf if accuracy else _loss_cap(comparison))
         if accuracy and seen:
             wide = max(seen) - min(seen) > 0.1
             axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0 if wide else 1))
@@ -122,15 +122,29 @@ def curves(comparison: Comparison, what: str, over: str) -> str:
     return draw_svg(draw, _WIDTH, _HEIGHT, f"{what}-{over}", f"{noun} of each method by {over}")
 
 
-def _y_limits(axes: Any, seen: Sequence[float], *, accuracy: bool) -> None:
+def beyond_the_picture(comparison: Comparison) -> list[str]:
+    """Names of the rows whose losses leave their picture at the top."""
+    cap = _loss_cap(comparison)
+    return [name for name, highest in _highest_losses(comparison).items() if highest > cap]
+
+
+def _loss_cap(comparison: Comparison) -> float:
+    """Where the pictures of the loss end: one wild run must not flatten all others."""
+    highest = list(_highest_losses(comparison).values())
+    return 1.25 * float(np.median(highest)) if len(highest) > 2 else math.inf
+
+
+def _highest_losses(comparison: Comparison) -> dict[str, float]:
+    found = {row.name: _points(row.curves, "loss", "epoch")[1] for row in comparison.rows}
+    return {name: max(value.high for value in spreads) for name, spreads in found.items() if spreads}
+
+
+def _y_limits(axes: Any, seen: Sequence[float], *, accuracy: bool, cap: float) -> None:
     if not seen:
         return
-    low, high = min(seen), max(seen)
+    low, high = min(seen), min(max(seen), cap)
     span = max(high - low, 0.02)
     top = high + 0.08 * span
-    if not accuracy and len(seen) > 20:
-        # One wild run must not flatten all others.
-        top = min(top, 1.3 * float(np.percentile(seen, 96)))
     axes.set_ylim(max(0.0, low - 0.08 * span), top)
     if accuracy:
         axes.set_yticks([tick for tick in axes.get_yticks() if max(0.0, low - 0.08 * span) <= tick <= min(top, 1.0)])

@@ -38,11 +38,24 @@ def lead(comparison: Comparison) -> str:
             if fastest.test_accuracy is not None and base.test_accuracy is not None:
                 words += f", and ends {_points(fastest.test_accuracy.mean - base.test_accuracy.mean)}"
         sentences.append(f"{words}.")
+        sentences += _faster_baselines(comparison, fastest)
     scored = [row for row in done if row.test_accuracy is not None]
     if scored:
         best = max(scored, key=lambda row: row.test_accuracy.mean if row.test_accuracy else 0.0)
         sentences.append(f"{best.title} reaches the highest test accuracy, {_percent(best)}.")
     return " ".join(sentences)
+
+
+def _faster_baselines(comparison: Comparison, fastest: TableRow) -> list[str]:
+    """Where a pipeline is not what trains this model fastest, that comes first."""
+    assert fastest.samples_per_s is not None
+    rates = [(row.title, row.samples_per_s.mean) for row in comparison.rows if row.baseline and row.samples_per_s]
+    ratios = [(title, rate / fastest.samples_per_s.mean) for title, rate in rates]
+    return [
+        f"{title}, which needs no pipeline, is {ratio:.2f} times as fast as that."
+        for title, ratio in ratios
+        if ratio > 1.005
+    ]
 
 
 def key_numbers(comparison: Comparison) -> list[tuple[str, str, str]]:
@@ -87,6 +100,13 @@ def warnings(comparison: Comparison) -> list[tuple[str, str]]:
                     "stages that would work at the same time waited for each other, so speed-ups are smaller than "
                     "on a machine with a core per stage."
                 ),
+            )
+        )
+    if every := comparison.settings.get("gradient_difference_every"):
+        found.append(
+            (
+                "The runs measured gradient differences",
+                f"every {every} batches, which takes time that the speeds include. Compare speeds without it.",
             )
         )
     missing = [row.name for row in comparison.rows if row.done < len(row.runs)]

@@ -34,6 +34,8 @@ from stalewise.runtime.failure import describe_failure, failure_key
 __all__ = ["launch"]
 
 POLL_S = 0.05
+MAX_SETTINGS_BYTES = 100_000
+
 TERMINATE_S = 3.0
 """Between asking the workers to end and ending them."""
 
@@ -78,9 +80,14 @@ def launch(main: Callable[..., object], *, num_workers: int, args: Sequence[Any]
         "launch": _launches,
     }
     try:
-        json.dumps(settings)
+        size = len(json.dumps(settings))
     except TypeError as error:
         raise ConfigError(f"launch cannot pass its args on: {error}; use JSON values only.") from None
+    if size > MAX_SETTINGS_BYTES:
+        raise ConfigError(
+            f"launch cannot pass its args on: they take {size} bytes, and the environment of a process holds "
+            f"{MAX_SETTINGS_BYTES}. Write them to a file and pass its name."
+        )
     _Workers(settings, num_workers).wait()
 
 
@@ -108,7 +115,7 @@ def _this_script(name: str) -> dict[str, str]:
     """The running script, as what another process can import."""
     script = sys.modules["__main__"]
     spec = getattr(script, "__spec__", None)
-    if spec is not None:
+    if spec is not None and spec.name != "__main__":
         return {"module": spec.name}
     path = getattr(script, "__file__", None)
     if path is None or not os.path.isfile(path) or "get_ipython" in vars(builtins):
@@ -142,7 +149,12 @@ class _Workers:
             for rank in range(num_workers):
                 self._processes.append(
                     subprocess.Popen(
-                        [sys.executable, "-c", "from stalewise.runtime.child import import_and_run as run; run()"],
+                        [
+                            sys.executable,
+                            "-P",
+                            "-c",
+                            "from stalewise.runtime.child import import_and_run as run; run()",
+                        ],
                         env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
                         stdin=subprocess.PIPE,
                         process_group=0,
