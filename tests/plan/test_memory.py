@@ -395,11 +395,11 @@ def test_a_residual_network(method: str) -> None:
         assert there.total == pytest.approx(here.total, rel=0.01)
 
 
-def test_more_stages_than_layers_change_nothing_of_the_order() -> None:
-    """The dry run keeps step as the sequential engine does, with K = 6 too."""
+def test_six_stages() -> None:
+    """The dry run keeps step as the sequential engine does, whatever the number of stages."""
     net = NETS["linear"][0]
     batch = torch.randn(32, 40), torch.randint(3, (32,))
-    for method in (DSP.minimal(6), build_method("1f1b", num_stages=6), build_method("ddg", num_stages=6)):
+    for method in (DSP.minimal(6), build_method("1f1b", num_stages=6)):
         for here, there, _ in compare(net, method, (1, 2, 3, 4, 5), batch):
             assert abs(here.total - there.total) <= 700, (method, here, there)
 

@@ -96,7 +96,7 @@ class Engine(abc.ABC):
         if self.batches_in_flight:
             raise ConfigError(
                 f"{self.batches_in_flight} batches are in flight; evaluate sees the weights only after their "
-                "updates. Call drain() first, or train(..., drain=True)."
+                "updates. Call drain() and take its losses first, or train(..., drain=True)."
             )
         return self._evaluate(batches, metric)
 

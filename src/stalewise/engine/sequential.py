@@ -26,6 +26,7 @@ from stalewise.engine.messages import Activation, Gradient, message_tensors
 from stalewise.engine.score import Score, mean
 from stalewise.engine.stage import Metric, Stage
 from stalewise.engine.state import (
+    check_stage_state,
     load_optimizer_state,
     load_stage_state,
     merge_optimizer_states,
@@ -148,6 +149,8 @@ class SequentialEngine(Engine):
         return {name: value for stage in self.stages for name, value in stage_state(stage).items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        for stage in self.stages:
+            check_stage_state(stage, state)
         for stage in self.stages:
             load_stage_state(stage, state)
 

@@ -13,6 +13,7 @@ from stalewise.engine.stage import Stage
 from stalewise.errors import ConfigError
 
 __all__ = [
+    "check_stage_state",
     "load_optimizer_state",
     "load_stage_state",
     "merge_optimizer_states",
@@ -26,11 +27,11 @@ def stage_state(stage: Stage) -> dict[str, Tensor]:
     return {name: value.detach().to("cpu", copy=True) for name, value in stage.module.state_dict().items()}
 
 
-def load_stage_state(stage: Stage, state: Mapping[str, Tensor]) -> None:
-    """Copy the values of a stage out of the state of the whole model.
+def check_stage_state(stage: Stage, state: Mapping[str, Tensor]) -> None:
+    """Make sure that the state of a whole model holds a stage's values.
 
     Raises:
-        ConfigError: where a name is missing or a shape differs; nothing is copied then.
+        ConfigError: where a name is missing or a shape differs.
     """
     own = stage.module.state_dict()
     missing = [name for name in own if name not in state]
@@ -47,8 +48,17 @@ def load_stage_state(stage: Stage, state: Mapping[str, Tensor]) -> None:
                 f"{name!r} is of shape {tuple(value.shape)} in the model and {tuple(state[name].shape)} in the "
                 "state; load a state of the same model."
             )
+
+
+def load_stage_state(stage: Stage, state: Mapping[str, Tensor]) -> None:
+    """Copy the values of a stage out of the state of the whole model.
+
+    Raises:
+        ConfigError: where a name is missing or a shape differs; nothing is copied then.
+    """
+    check_stage_state(stage, state)
     with torch.no_grad():
-        for name, value in own.items():
+        for name, value in stage.module.state_dict().items():
             value.copy_(state[name])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import json
 import os
@@ -30,6 +31,7 @@ def run_child(main: Callable[..., object], args: Sequence[Any]) -> NoReturn:
     try:
         main(*args)
         leave_job()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     except WorkerError as error:
         print(f"stalewise: {error}", file=sys.stderr)
         _exit_now(1)
@@ -45,7 +47,11 @@ def run_child(main: Callable[..., object], args: Sequence[Any]) -> NoReturn:
     except BaseException as error:
         report_failure(error)
         _exit_now(1)
-    raise SystemExit(0)
+    # What the script registered still runs. The interpreter's own shutdown is left out: a daemon thread that comes back
+    # from torch in the middle of it aborts the process.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    atexit._run_exitfuncs()
+    _exit_now(0)
 
 
 def _exit_now(code: int) -> NoReturn:
