@@ -469,7 +469,8 @@ def test_evaluate_wants_a_drained_pipeline() -> None:
     p = pipeline()
     list(p.train(classification("mlp", 3), drain=False))
     with pytest.raises(
-        ConfigError, match=r"^3 batches are in flight; .* Call drain\(\) and take its losses first, or train\(\.\.\., drain=True\)"
+        ConfigError,
+        match=r"^3 batches are in flight; .* Call drain\(\) and take its losses first, or train\(\.\.\., drain=True\)",
     ):
         p.evaluate(classification("mlp", 1), cross_entropy)
     list(p.drain())

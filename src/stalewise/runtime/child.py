@@ -31,7 +31,6 @@ def run_child(main: Callable[..., object], args: Sequence[Any]) -> NoReturn:
     try:
         main(*args)
         leave_job()
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     except WorkerError as error:
         print(f"stalewise: {error}", file=sys.stderr)
         _exit_now(1)
