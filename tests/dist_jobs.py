@@ -23,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 __all__ = ["Ended", "Job", "left_in_session", "mark_fault", "run_job", "run_jobs", "wait_until_gone"]
 
@@ -161,6 +161,7 @@ def _parent(main: str, num_workers: int, args: list[Any], folder: str) -> None:
     launcher.subprocess = SimpleNamespace(Popen=_ForkedWorker, PIPE=-1)
     module, _, name = main.partition(":")
     function: Callable[..., object] = getattr(importlib.import_module(module), name)
+    _ForkedWorker.fork(num_workers)
     try:
         launcher.launch(function, num_workers=num_workers, args=[folder, *args])
     except BaseException as error:
@@ -171,19 +172,35 @@ def _parent(main: str, num_workers: int, args: list[Any], folder: str) -> None:
 
 
 class _ForkedWorker:
-    """What `launch` needs of `subprocess.Popen`, by a fork of this process."""
+    """What `launch` needs of `subprocess.Popen`, by a fork of this process.
+
+    The fork is made before `launch` starts the thread of its store: a process that is forked while another thread holds
+    a lock never gets that lock. It waits for its environment, which comes over its standard input.
+    """
+
+    waiting: ClassVar[list[tuple[int, int]]] = []
 
     def __init__(self, command: list[str], *, env: dict[str, str], stdin: int, process_group: int) -> None:
         assert process_group == 0
-        read, write = os.pipe()
+        self.pid, write = self.waiting.pop(0)
         self.returncode: int | None = None
-        self.pid = os.fork()
-        if self.pid == 0:
-            _become_worker(read, env)
-        with contextlib.suppress(PermissionError, ProcessLookupError):
-            os.setpgid(self.pid, self.pid)
-        os.close(read)
         self.stdin = os.fdopen(write, "wb")
+        text = json.dumps(env).encode()
+        self.stdin.write(len(text).to_bytes(8) + text)
+        self.stdin.flush()
+
+    @classmethod
+    def fork(cls, count: int) -> None:
+        """Make processes that will be workers."""
+        for _ in range(count):
+            read, write = os.pipe()
+            pid = os.fork()
+            if pid == 0:
+                _become_worker(read)
+            with contextlib.suppress(PermissionError, ProcessLookupError):
+                os.setpgid(pid, pid)
+            os.close(read)
+            cls.waiting.append((pid, write))
 
     def poll(self) -> int | None:
         return self.returncode if self.returncode is not None else self._wait(os.WNOHANG)
@@ -200,12 +217,13 @@ class _ForkedWorker:
         return self.returncode
 
 
-def _become_worker(stdin: int, env: dict[str, str]) -> None:
+def _become_worker(stdin: int) -> None:
     code = 70
     try:
         os.setpgid(0, 0)
         os.dup2(stdin, 0)
         os.closerange(3, 1 << 14)
+        env = json.loads(_read(int.from_bytes(_read(8))))
         os.environ.clear()
         os.environ.update(env)
         import torch
@@ -218,3 +236,13 @@ def _become_worker(stdin: int, env: dict[str, str]) -> None:
         code = error.code if isinstance(error.code, int) else 1
     finally:
         os._exit(code)
+
+
+def _read(size: int) -> bytes:
+    data = b""
+    while len(data) < size:
+        more = os.read(0, size - len(data))
+        if not more:
+            os._exit(71)
+        data += more
+    return data
