@@ -47,6 +47,9 @@ def compare(
     engine: Annotated[str, typer.Option(help="distributed, or sequential: the accuracies alone.")] = "distributed",
     device: Annotated[str, typer.Option(help="auto, cpu, or cuda:0.")] = "auto",
     threads: Annotated[int | None, typer.Option(help="Threads per stage; default: cores over stages.")] = None,
+    channels_last: Annotated[
+        bool, typer.Option(help="Channels last in memory, which convolutions compute quicker.")
+    ] = True,
     augment: Annotated[bool, typer.Option(help="Crop and mirror the training images at random.")] = True,
     loader_workers: Annotated[int, typer.Option(help="Processes that prepare batches.")] = 0,
     train_limit: Annotated[int | None, typer.Option(help="Use only the first so many training samples.")] = None,
@@ -90,6 +93,7 @@ def compare(
         engine=engine,
         device=device,
         threads=threads,
+        channels_last=channels_last,
         augment=augment,
         loader_workers=loader_workers,
         train_limit=train_limit,

@@ -55,6 +55,9 @@ def train(
     device: Annotated[str, typer.Option(help="auto, cpu, or cuda:0.")] = "auto",
     threads: Annotated[int | None, typer.Option(help="Threads per stage; default: cores over stages.")] = None,
     seed: Annotated[int, typer.Option(help="Of weights, data order, augmentation and random layers.")] = 0,
+    channels_last: Annotated[
+        bool, typer.Option(help="Channels last in memory, which convolutions compute quicker.")
+    ] = True,
     augment: Annotated[bool, typer.Option(help="Crop and mirror the training images at random.")] = True,
     loader_workers: Annotated[int, typer.Option(help="Processes that prepare batches.")] = 0,
     train_limit: Annotated[int | None, typer.Option(help="Use only the first so many training samples.")] = None,
@@ -102,6 +105,7 @@ def train(
         device=device,
         threads=threads,
         seed=seed,
+        channels_last=channels_last,
         augment=augment,
         loader_workers=loader_workers,
         train_limit=train_limit,

@@ -45,6 +45,7 @@ class TrainConfig:
         device: "auto" or a torch device.
         threads: intra-op threads per stage; None: cores over stages.
         seed: of weights, data order, augmentation and random layers.
+        channels_last: keep images with their channels last in memory, which convolutions compute quicker.
         augment: crop and flip the training images.
         loader_workers: processes that prepare batches.
         train_limit: use only so many training samples.
@@ -81,6 +82,7 @@ class TrainConfig:
     device: str = "auto"
     threads: int | None = None
     seed: int = 0
+    channels_last: bool = True
     augment: bool = True
     loader_workers: int = 0
     train_limit: int | None = None

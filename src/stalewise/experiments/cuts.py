@@ -20,9 +20,9 @@ from torch import nn
 
 from stalewise.errors import PlanError
 from stalewise.experiments.config import TrainConfig
+from stalewise.experiments.run_model import build_run_model
 from stalewise.experiments.training import accuracy, default_threads
 from stalewise.methods import BP, Method
-from stalewise.models import build_model
 from stalewise.pipeline import Pipeline
 from stalewise.plan.memory import predict_memory
 from stalewise.plan.partition import LayerCost, Partition, fixed_partition, partition
@@ -83,9 +83,8 @@ def plan_cuts(config: TrainConfig, methods: Mapping[str, Method], batch: Any, nu
 
 def _profile(config: TrainConfig, batch: Any, num_classes: int) -> Sequence[LayerCost]:
     """The layers with what was measured of them."""
-    torch.manual_seed(config.seed)
     pipeline = Pipeline(
-        build_model(config.model, num_classes=num_classes),
+        build_run_model(config, num_classes=num_classes),
         method=BP(config.stages),
         loss_fn=nn.functional.cross_entropy,
         optimizer=lambda params: torch.optim.SGD(params, lr=config.lr),

@@ -15,9 +15,9 @@ from stalewise.engine.memory import resident_bytes
 from stalewise.experiments.config import TrainConfig
 from stalewise.experiments.environment import describe_environment, typed_command
 from stalewise.experiments.optimizers import optimizer_recipe, schedule_recipe
+from stalewise.experiments.run_model import build_run_model
 from stalewise.experiments.run_writer import RunWriter, write_json
 from stalewise.experiments.training import accuracy, default_threads
-from stalewise.models import build_model
 from stalewise.report import write_report
 from stalewise.runtime.data_parallel import DataParallel
 from stalewise.runtime.launch import launch
@@ -57,8 +57,7 @@ def data_parallel_worker(folder: str, command: str) -> None:
         train_limit=config.train_limit,
         test_limit=config.test_limit,
     )
-    torch.manual_seed(config.seed)
-    model = build_model(config.model, num_classes=data.num_classes)
+    model = build_run_model(config, num_classes=data.num_classes)
     parallel = DataParallel(
         model if isinstance(model, nn.Sequential) else nn.Sequential(*model),
         loss_fn=nn.functional.cross_entropy,

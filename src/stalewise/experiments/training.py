@@ -21,11 +21,12 @@ from stalewise.experiments.config import TrainConfig
 from stalewise.experiments.display import Display, make_display
 from stalewise.experiments.environment import describe_environment, typed_command
 from stalewise.experiments.optimizers import optimizer_recipe, schedule_recipe
+from stalewise.experiments.run_model import build_run_model
 from stalewise.experiments.run_writer import RunWriter, write_json, write_timeline
-from stalewise.models import build_model
 from stalewise.pipeline import Pipeline
 from stalewise.protocol.actions import Kind
 from stalewise.report import Timeline, write_chrome_trace, write_report
+from stalewise.runtime.allocator import keep_freed_memory
 from stalewise.runtime.job import in_launched_job
 from stalewise.runtime.launch import launch
 
@@ -49,6 +50,7 @@ def run(config: TrainConfig, path: Path) -> None:
     """
     write_json(path / "config.json", config.as_dict())
     if config.engine == "sequential":
+        keep_freed_memory()
         train_worker(str(path), typed_command())
     else:
         launch(train_worker, num_workers=config.stages, args=[str(path), typed_command()])
@@ -71,8 +73,7 @@ def train_worker(folder: str, command: str) -> None:
         train_limit=config.train_limit,
         test_limit=config.test_limit,
     )
-    torch.manual_seed(config.seed)
-    model = build_model(config.model, num_classes=data.num_classes)
+    model = build_run_model(config, num_classes=data.num_classes)
     num_batches = len(_training_batches(config, data, 0))
     pipeline = Pipeline(
         model,

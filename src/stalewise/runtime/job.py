@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from stalewise.errors import WorkerError
+from stalewise.runtime.allocator import keep_freed_memory
 from stalewise.runtime.exchange import all_gather_json
 from stalewise.runtime.failure import Monitor, connect_to_store, failure_header, record_failure
 
@@ -160,6 +161,7 @@ def _report_and_exit(kind: type[BaseException], error: BaseException, trace: Tra
 def _join() -> Job:
     if not dist.is_initialized():
         dist.init_process_group("gloo", timeout=GROUP_TIMEOUT)
+    keep_freed_memory()
     rank = dist.get_rank()
     group = dist.new_group(backend="gloo", timeout=GROUP_TIMEOUT)
     me = Member(rank=rank, host=socket.gethostname(), pid=os.getpid())

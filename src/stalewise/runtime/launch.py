@@ -28,6 +28,7 @@ from typing import Any
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from stalewise.errors import ConfigError, WorkerError
+from stalewise.runtime.allocator import allocator_environment
 from stalewise.runtime.child import CHILD_VARIABLE, run_child
 from stalewise.runtime.failure import describe_failure, failure_key
 
@@ -134,6 +135,7 @@ class _Workers:
         threads = max(1, (os.cpu_count() or 1) // num_workers)
         environment = {
             "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
+            **allocator_environment(),
             "OMP_NUM_THREADS": str(threads),
             "TORCH_CPP_LOG_LEVEL": "ERROR",  # torch warns of every closed connection; the first cause says it all
             **os.environ,
