@@ -12,7 +12,7 @@ from torch import Tensor
 
 from stalewise.runtime.wire import as_bytes
 
-__all__ = ["all_gather_json", "broadcast_json", "broadcast_tensors"]
+__all__ = ["all_gather_json", "all_gather_tensors", "broadcast_json", "broadcast_tensors"]
 
 
 def broadcast_json(value: Any, source: int, group: dist.ProcessGroup) -> Any:
@@ -43,3 +43,11 @@ def broadcast_tensors(tensors: Mapping[str, Tensor] | None, source: int, group: 
             dist.broadcast(as_bytes(value), source, group=group)
         received[name] = value
     return received
+
+
+def all_gather_tensors(own: Mapping[str, Tensor], group: dist.ProcessGroup) -> list[dict[str, Tensor]]:
+    """The named CPU tensors of all ranks, in order, on every rank."""
+    rank = dist.get_rank()
+    return [
+        broadcast_tensors(own if source == rank else None, source, group) for source in range(dist.get_world_size())
+    ]
