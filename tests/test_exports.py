@@ -23,6 +23,8 @@ PUBLIC = [
     "ProgramError",
     "ReceiveTimeout",
     "StalewiseError",
+    "Straggler",
+    "Stragglers",
     "TransportError",
     "WorkerError",
     "__version__",

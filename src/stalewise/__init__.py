@@ -14,6 +14,7 @@ from stalewise.errors import (
 )
 from stalewise.methods import BP, DSP, Method
 from stalewise.pipeline import Pipeline
+from stalewise.protocol.stragglers import Straggler, Stragglers
 from stalewise.runtime.launch import launch
 
 __all__ = [
@@ -28,6 +29,8 @@ __all__ = [
     "ProgramError",
     "ReceiveTimeout",
     "StalewiseError",
+    "Straggler",
+    "Stragglers",
     "TransportError",
     "WorkerError",
     "__version__",

@@ -34,6 +34,7 @@ from stalewise.plan.partition import (
     partition as best_partition,
 )
 from stalewise.plan.profile import profile_layers
+from stalewise.protocol.stragglers import Straggler, Stragglers
 from stalewise.protocol.trace import Trace
 from stalewise.runtime.distributed import DistributedEngine
 from stalewise.runtime.exchange import all_gather_json, broadcast_json
@@ -75,6 +76,8 @@ class Pipeline:
         measure_memory: measure what every stage holds (see `memory`). It changes no number of the run; layers inside
             which torch forbids saved-tensor hooks (`torch.func.grad`, for example) cannot be measured.
         verbose: whether rank 0 prints the partition that a profile found.
+        stragglers: make steps slow on purpose, to see what it costs; the same steps whatever the method. It changes no
+            number of the run.
 
     Attributes:
         cuts: indices of the first layers of stages 1 .. K-1; None until they are known.
@@ -103,6 +106,7 @@ class Pipeline:
         verbose: bool = True,
         gradient_difference_every: int | None = None,
         measure_memory: bool = False,
+        stragglers: Stragglers | Straggler | Sequence[Straggler] | None = None,
     ) -> None:
         _check_functions(method, loss_fn, optimizer, lr_scheduler, param_groups)
         _check_numbers(seed, clip_grad_norm, recv_timeout_s)
@@ -121,6 +125,8 @@ class Pipeline:
         self._verbose = verbose
         self._gradient_difference_every = gradient_difference_every
         self._measure_memory = measure_memory
+        self._stragglers = Stragglers.of(stragglers)
+        self._stragglers.check_stages(method.num_stages)
         self._job = current_job() if _is_distributed(engine) else None
         if self._job is None:
             self._chain = self._chain.built()
@@ -361,6 +367,7 @@ class Pipeline:
                 built,
                 gradient_difference_every=self._gradient_difference_every,
                 measure_memory=self._measure_memory,
+                stragglers=self._stragglers,
             )
         else:
             self._engine = DistributedEngine(
@@ -372,6 +379,7 @@ class Pipeline:
                 payload_groups=payload_groups(self._job, self._device),
                 gradient_difference_every=self._gradient_difference_every,
                 measure_memory=self._measure_memory,
+                stragglers=self._stragglers,
             )
         self.partition = plan
         self.cuts = plan.cuts
@@ -389,6 +397,7 @@ class Pipeline:
             "model": self._chain.describe(),
             "seed": self._seed,
             "measure_memory": self._measure_memory,
+            "stragglers": repr(self._stragglers),
         }
         everyone = all_gather_json(own, job.group)
         for rank, other in enumerate(everyone):

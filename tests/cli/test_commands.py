@@ -85,12 +85,17 @@ def test_evaluate_finds_the_accuracy_of_the_run(sequential_run: Path) -> None:
 
 @pytest.mark.dist
 def test_processes_give_the_numbers_of_one_process(sequential_run: Path, tmp_path: Path) -> None:
+    """Under slow steps, too."""
     folder = tmp_path / "distributed"
-    done = stalewise("train", *TINY, "--out", str(folder), "--json")
+    done = stalewise(
+        "train", *TINY, "--out", str(folder), "--json", "--straggler", "probability=1/3,factor=2,stages=0,2"
+    )
     assert done.returncode == 0, done.stderr
     events = [json.loads(line)["event"] for line in done.stdout.splitlines()]
     assert events[0] == "begin"
     assert events[-2:] == ["end", "finished"]
+    (straggler,) = json.loads((folder / "config.json").read_text())["stragglers"]
+    assert (straggler["stages"], straggler["factor"]) == ([0, 2], 2)
     assert losses(folder) == losses(sequential_run)
     ours, theirs = (load_file(path / "model.safetensors") for path in (folder, sequential_run))
     assert ours.keys() == theirs.keys()
@@ -130,6 +135,7 @@ def test_refuses_a_folder_that_holds_something(sequential_run: Path, tmp_path: P
         (["train", "--lr", "nan"], "lr is nan"),
         (["train", "--lr-schedule", "linear"], "onecycle"),
         (["train", "--partition", "4;8"], "--partition"),
+        (["train", "--straggler", "stages=3,factor=2"], "counted from 0"),
         (["evaluate", "nowhere"], "config.json"),
         (["program", "--stages", "0"], "at least 1 stage"),
     ],

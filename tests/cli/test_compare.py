@@ -112,6 +112,7 @@ def test_baselines_are_trained_too(tmp_path: Path) -> None:
         (["--target-accuracy", "high"], "a fraction such as 0.92"),
         (["--seeds", "0"], "at least 1"),
         (["--epochs", "0"], "epochs is 0"),
+        (["--straggler", "factor=2,speed=1"], "the entry 'speed'"),
     ],
 )
 def test_wrong_input_is_one_clear_sentence(

@@ -13,6 +13,7 @@ from stalewise.experiments.comparison import BASELINES, ComparisonConfig
 from stalewise.experiments.comparison_display import JsonLines, TextLines
 from stalewise.experiments.comparison_options import parse_accuracy, parse_names, parse_row_options
 from stalewise.experiments.config import SCHEDULES, TrainConfig, parse_numbers
+from stalewise.experiments.straggler_options import STRAGGLER_HELP, parse_stragglers
 from stalewise.methods import METHOD_NAMES
 
 __all__ = ["compare"]
@@ -62,6 +63,7 @@ def compare(
         Text, typer.Option(help="92% or 0.92, for the time to it; default: 0.95 times the worst final accuracy.")
     ] = None,
     recv_timeout: Annotated[float, typer.Option(help="Seconds a stage waits for one message.")] = 300.0,
+    straggler: Annotated[list[str] | None, typer.Option(help=STRAGGLER_HELP)] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder; one of the same comparison goes on. Default: runs/compare-..")
     ] = None,
@@ -103,6 +105,7 @@ def compare(
         display="quiet",
         measure_memory=True,
         gradient_difference_every=gradient_difference_every,
+        stragglers=parse_stragglers(straggler or []),
     )
     names = (Path(part.replace(":", "-")).name for part in (model, data))
     config = ComparisonConfig(

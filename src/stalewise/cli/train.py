@@ -10,6 +10,7 @@ import typer
 
 from stalewise.experiments.config import DISPLAYS, SCHEDULES, TrainConfig, parse_numbers, parse_options
 from stalewise.experiments.run_writer import prepare_run_folder
+from stalewise.experiments.straggler_options import STRAGGLER_HELP, parse_stragglers
 from stalewise.experiments.training import run
 from stalewise.methods import METHOD_NAMES
 from stalewise.models import available_models
@@ -66,6 +67,7 @@ def train(
         int, typer.Option(help="Epochs between evaluations; the pipeline is drained for each.")
     ] = 1,
     recv_timeout: Annotated[float, typer.Option(help="Seconds a stage waits for one message.")] = 300.0,
+    straggler: Annotated[list[str] | None, typer.Option(help=STRAGGLER_HELP)] = None,
     measure_memory: Annotated[
         bool, typer.Option("--measure-memory", help="Keep what every stage holds at most in the summary.")
     ] = False,
@@ -115,6 +117,7 @@ def train(
         measure_memory=measure_memory,
         gradient_difference_every=gradient_difference_every,
         display="json" if json else display,
+        stragglers=parse_stragglers(straggler or []),
     )
     folder = out or _default_folder(config)
     prepare_run_folder(folder, overwrite=overwrite)

@@ -21,6 +21,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from stalewise.engine.brake import Brake
 from stalewise.engine.gradient_probe import GradientProbe
 from stalewise.engine.memory import MemoryMeter, StageUsage, resident_bytes
 from stalewise.engine.messages import Activation, Gradient, message_tensors
@@ -79,6 +80,7 @@ class Interpreter:
         probe: compares this stage's gradients with those of backpropagation, or None.
         meter: measures this stage's memory after every action, or None.
         waiting: the tensors in the queues of the links, for the meter.
+        brake: makes slow steps take longer, or None.
 
     Attributes:
         batch: global index of the batch last acted on; -1 before the first.
@@ -98,6 +100,7 @@ class Interpreter:
         probe: GradientProbe | None = None,
         meter: MemoryMeter | None = None,
         waiting: Callable[[], Iterable[Tensor]] = tuple,
+        brake: Brake | None = None,
     ) -> None:
         self.stage = stage
         self.program = program
@@ -107,6 +110,7 @@ class Interpreter:
         self.probe = probe
         self.meter = meter
         self._waiting = waiting
+        self._brake = brake
         self.bytes_sent = 0
         self._clock = clock
         self._inbox: dict[Unit, Activation] = {}
@@ -134,6 +138,7 @@ class Interpreter:
             first_batch: global index of that start.
         """
         start = self._clock()
+        update, began = self.stage.num_updates, time.perf_counter_ns()
         if action.batch is not None:
             self.batch = first_batch + action.batch
         self.action = action.kind
@@ -143,6 +148,8 @@ class Interpreter:
             self.stage.update()
         else:
             self._act(action.kind, (self.batch, action.micro_batch))
+        if self._brake is not None and action.kind in COMPUTE:
+            self._brake.hold(update, began)
         end = self._clock()
         self.time_ns[action.kind] += end - start
         self.trace.add(action, self.batch, start, end)

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from stalewise.engine.brake import Brake
 from stalewise.engine.engine import Batches, Engine
 from stalewise.engine.feed import Feed
 from stalewise.engine.gradient_probe import GradientProbe
@@ -36,6 +37,7 @@ from stalewise.engine.state import (
 from stalewise.errors import ProgramError
 from stalewise.protocol.actions import Action, Kind
 from stalewise.protocol.program import Program
+from stalewise.protocol.stragglers import NO_STRAGGLERS, Stragglers
 from stalewise.protocol.trace import Trace
 
 __all__ = ["SequentialEngine"]
@@ -49,6 +51,7 @@ class SequentialEngine(Engine):
         stages: all K of them, on one device.
         gradient_difference_every: see `Engine`.
         measure_memory: whether to measure what the stages hold; see `engine.memory`.
+        stragglers: steps that are slow on purpose.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class SequentialEngine(Engine):
         *,
         gradient_difference_every: int | None = None,
         measure_memory: bool = False,
+        stragglers: Stragglers = NO_STRAGGLERS,
     ) -> None:
         super().__init__(program, gradient_difference_every=gradient_difference_every)
         every = gradient_difference_every
@@ -77,6 +81,7 @@ class SequentialEngine(Engine):
                 probe=self._probes[stage.index] if every else None,
                 meter=self._meters[stage.index] if measure_memory else None,
                 waiting=links.waiting,
+                brake=Brake(stragglers, stage.index, stage.device) if stragglers else None,
             )
             for stage, links in zip(stages, self._links, strict=True)
         ]

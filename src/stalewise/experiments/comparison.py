@@ -79,6 +79,8 @@ class PlannedRun:
 class ComparisonConfig:
     """What is compared.
 
+    Baselines have no stages, so stragglers do not meet them.
+
     Args:
         methods: names of methods, such as "dsp", or NAME=METHOD to have a method twice with other options.
         options: of a method, by the name of its row.
@@ -145,7 +147,14 @@ class ComparisonConfig:
                 cores = os.cpu_count() or 1
                 threads = None if threads is None else min(cores, threads * self.shared.stages)
             return replace(
-                shared, method="bp", staleness=None, stages=1, partition=(), engine="sequential", threads=threads
+                shared,
+                method="bp",
+                staleness=None,
+                stages=1,
+                partition=(),
+                engine="sequential",
+                threads=threads,
+                stragglers=(),
             )
         options = dict(entry.options)
         return replace(

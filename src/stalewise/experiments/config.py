@@ -11,6 +11,7 @@ from typing import Any
 
 from stalewise.errors import ConfigError
 from stalewise.methods import Method, build_method, method_options
+from stalewise.protocol.stragglers import Straggler, Stragglers
 
 __all__ = ["DISPLAYS", "SCHEDULES", "TrainConfig"]
 
@@ -55,6 +56,7 @@ class TrainConfig:
         measure_memory: keep what every stage holds at most in the summary.
         gradient_difference_every: batches between measurements of the gradient difference, or None.
         display: of `DISPLAYS`.
+        stragglers: steps that are slow on purpose.
 
     Raises:
         ConfigError: where a value is not valid.
@@ -92,6 +94,7 @@ class TrainConfig:
     measure_memory: bool = False
     gradient_difference_every: int | None = None
     display: str = "auto"
+    stragglers: tuple[Straggler, ...] = ()
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -119,6 +122,7 @@ class TrainConfig:
         if self.nesterov and not self.momentum:
             raise ConfigError("nesterov is on and momentum is 0; Nesterov's form needs momentum. Give momentum=0.9.")
         self.build_method()
+        Stragglers.of(self.stragglers).check_stages(self.stages)
 
     def build_method(self) -> Method:
         """The method with its depths."""
@@ -150,7 +154,8 @@ class TrainConfig:
                 for name, value in values.items()
                 if name in known
             }
-        except (OSError, ValueError, AttributeError) as error:
+            given["stragglers"] = tuple(Straggler.from_json(straggler) for straggler in given.get("stragglers", ()))
+        except (OSError, ValueError, AttributeError, TypeError) as error:
             raise ConfigError(
                 f"{path} is not the configuration of a run ({error}); give the folder that `stalewise train` wrote."
             ) from None

@@ -90,6 +90,7 @@ def train_worker(folder: str, command: str) -> None:
         measure_memory=config.measure_memory,
         gradient_difference_every=config.gradient_difference_every,
         verbose=False,
+        stragglers=config.stragglers,
     )
     if pipeline.rank == 0:
         write_json(path / "environment.json", describe_environment(command, pipeline.devices, threads))

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from stalewise.engine.brake import Brake
 from stalewise.engine.engine import Batches, Engine
 from stalewise.engine.feed import Feed
 from stalewise.engine.gradient_probe import GradientProbe
@@ -35,6 +36,7 @@ from stalewise.engine.state import (
 )
 from stalewise.errors import ConfigError, PeerLost, StalewiseError
 from stalewise.protocol.program import Program
+from stalewise.protocol.stragglers import NO_STRAGGLERS, Stragglers
 from stalewise.protocol.trace import Trace
 from stalewise.runtime.exchange import all_gather_json, all_gather_tensors, broadcast_json
 from stalewise.runtime.job import Job
@@ -70,6 +72,7 @@ class DistributedEngine(Engine):
         payload_groups: NCCL groups of the links above and below this rank, where each stage has a GPU of its own.
         gradient_difference_every: see `Engine`.
         measure_memory: whether to measure what this rank's stage holds; see `engine.memory`.
+        stragglers: steps that are slow on purpose.
     """
 
     def __init__(
@@ -83,6 +86,7 @@ class DistributedEngine(Engine):
         payload_groups: Mapping[tuple[int, int], dist.ProcessGroup] | None = None,
         gradient_difference_every: int | None = None,
         measure_memory: bool = False,
+        stragglers: Stragglers = NO_STRAGGLERS,
     ) -> None:
         super().__init__(program, gradient_difference_every=gradient_difference_every)
         self.stage = stage
@@ -109,6 +113,7 @@ class DistributedEngine(Engine):
             probe=self._probe,
             meter=self._meter,
             waiting=self._links.held,
+            brake=Brake(stragglers, job.rank, stage.device) if stragglers else None,
         )
         self._feed = Feed((), stage.device)
         self._drain = True
