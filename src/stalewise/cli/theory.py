@@ -1,0 +1,71 @@
+"""`stalewise theory`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from stalewise.errors import ConfigError
+from stalewise.experiments.config import parse_numbers
+from stalewise.protocol.staleness import Staleness
+from stalewise.theory import closed_form_limit, proven_condition, quoted_condition, stability_limit
+
+__all__ = ["theory"]
+
+theory = typer.Typer(help="What theory says of stale training; see docs/theory.md.", no_args_is_help=True)
+
+
+@theory.callback()
+def _theory() -> None:
+    """What theory says of stale training; see docs/theory.md."""
+
+
+@theory.command()
+def lr(
+    staleness: Annotated[str, typer.Option(help="Of each stage, in batches, such as 4,2,0.")] = "4,2,0",
+    momentum: Annotated[float, typer.Option(help="beta, at least 0 and below 1.")] = 0.9,
+    lipschitz: Annotated[float, typer.Option(help="L, of the gradient and of the partial models' Jacobians.")] = 1.0,
+    error_bound: Annotated[float, typer.Option(help="M, of the error gradients.")] = 1.0,
+    curvature: Annotated[float, typer.Option(help="a, the largest eigenvalue of the quadratic.")] = 1.0,
+) -> None:
+    """Print which learning rates are proven to converge, and the exact limits on a quadratic.
+
+    Example: stalewise theory lr --staleness 4,2,0 --momentum 0.9
+    """
+    if not curvature > 0:
+        raise ConfigError(f"--curvature is {curvature!r}; it must be a number above 0.")
+    depths = Staleness(parse_numbers(staleness, "--staleness") or ())
+    forms = [
+        ("SGD", None, 0.0),
+        (f"heavy ball, {momentum:g}", momentum, 0.0),
+        (f"Nesterov, {momentum:g}", momentum, 1.0),
+    ]
+    console = Console(highlight=False)
+    console.print(f"Proven to converge to critical points, alpha up to (L = {lipschitz:g}, M = {error_bound:g})")
+    bounds = Table()
+    for head in ("optimizer", "proven here", "quoted"):
+        bounds.add_column(head, justify="left" if head == "optimizer" else "right")
+    for name, beta, s in forms:
+        found = [
+            condition(depths, lipschitz=lipschitz, error_bound=error_bound, momentum=beta, s=s).learning_rate
+            for condition in (proven_condition, quoted_condition)
+        ]
+        bounds.add_row(name, *(f"{rate:.3e}" for rate in found))
+    console.print(bounds)
+    console.print(f"Stable on a quadratic of curvature {curvature:g}, alpha below (another question; exact)")
+    limits = Table()
+    limits.add_column("trained")
+    for name, _, _ in forms:
+        limits.add_column(name, justify="right")
+    together = ", ".join(map(str, range(len(depths))))
+    rows = [(f"stage {index} alone, m = {depth}", [depth]) for index, depth in enumerate(depths)]
+    for label, trained in [*rows, (f"stages {together}, m = {depths}", list(depths))]:
+        cells = [stability_limit(trained, momentum=beta or 0.0, s=s) / curvature for _, beta, s in forms]
+        limits.add_row(label, *(f"{cell:.4f}" for cell in cells))
+    console.print(limits)
+    deepest = depths[0]
+    closed = closed_form_limit(deepest) / curvature
+    console.print(f"Closed form of stage 0 under SGD, 2 sin(pi / (2 (2m + 1))) / a: {closed:.4f}")
