@@ -10,6 +10,7 @@ yet, and taken up again in the next sweep over the stages:
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -22,6 +23,7 @@ from stalewise.engine.engine import Batches, Engine
 from stalewise.engine.feed import Feed
 from stalewise.engine.gradient_probe import GradientProbe
 from stalewise.engine.interpreter import Interpreter
+from stalewise.engine.logical_time import LogicalTime
 from stalewise.engine.memory import MemoryMeter, StageUsage
 from stalewise.engine.messages import Activation, Gradient, message_tensors
 from stalewise.engine.score import Score, mean
@@ -52,6 +54,7 @@ class SequentialEngine(Engine):
         gradient_difference_every: see `Engine`.
         measure_memory: whether to measure what the stages hold; see `engine.memory`.
         stragglers: steps that are slow on purpose.
+        logical_time: by which traces are kept instead of real time; None: real time.
     """
 
     def __init__(
@@ -62,6 +65,7 @@ class SequentialEngine(Engine):
         gradient_difference_every: int | None = None,
         measure_memory: bool = False,
         stragglers: Stragglers = NO_STRAGGLERS,
+        logical_time: LogicalTime | None = None,
     ) -> None:
         super().__init__(program, gradient_difference_every=gradient_difference_every)
         every = gradient_difference_every
@@ -69,6 +73,7 @@ class SequentialEngine(Engine):
         self.stages = tuple(stages)
         self._feed = Feed((), self.stages[0].device)
         self._drain = True
+        self._logical_time = logical_time
         self._links = [_LocalLinks(self) for _ in stages]
         for upper, lower in zip(self._links, self._links[1:], strict=False):
             upper.after, lower.before = lower, upper
@@ -78,6 +83,7 @@ class SequentialEngine(Engine):
                 stage,
                 program.stages[stage.index],
                 links,
+                clock=time.perf_counter_ns if logical_time is None else logical_time.clock(stage.index),
                 probe=self._probes[stage.index] if every else None,
                 meter=self._meters[stage.index] if measure_memory else None,
                 waiting=links.waiting,
@@ -116,7 +122,10 @@ class SequentialEngine(Engine):
             progress = False
             for interpreter, links, stream in zip(self._interpreters, self._links, streams, strict=True):
                 while stream and links.has_what_it_needs(stream[0]):
-                    interpreter.execute(stream.popleft(), self._first_batch)
+                    action = stream.popleft()
+                    if self._logical_time is not None:
+                        self._logical_time.act(interpreter.stage.index, action)
+                    interpreter.execute(action, self._first_batch)
                     progress = True
             if not progress:
                 waiting = ", ".join(f"stage {k} at {stream[0]}" for k, stream in enumerate(streams) if stream)
