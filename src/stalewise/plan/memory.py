@@ -17,7 +17,7 @@ that keep step, as in the sequential engine, or for each stage as if it were the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Literal
 
@@ -27,7 +27,7 @@ from stalewise.protocol.actions import Kind
 from stalewise.protocol.program import Program, StageProgram
 from stalewise.protocol.validate import DryRun, StageState, check
 
-__all__ = ["StageMemory", "predict_memory"]
+__all__ = ["Holdings", "StageBytes", "StageMemory", "predict_memory", "span_bytes", "stage_holdings"]
 
 Timing = Literal["lockstep", "slow"]
 Unit = tuple[int, int | None]
@@ -96,17 +96,46 @@ def predict_memory(
         )
     if timing not in ("lockstep", "slow"):
         raise PlanError(f'timing is {timing!r}; it must be "lockstep" or "slow".')
+    sizes = stage_bytes(partition, input_bytes, target_bytes, optimizer_copies)
+    return [
+        max((held.bytes(size) for held in moments), key=lambda memory: memory.total)
+        for size, moments in zip(sizes, stage_holdings(program, timing=timing), strict=True)
+    ]
+
+
+def stage_holdings(program: Program, *, timing: Timing) -> list[list[Holdings]]:
+    """What each stage holds between its actions: every state that a run of the program meets, each once.
+
+    Args:
+        program: of the method.
+        timing: as for `predict_memory`.
+
+    Raises:
+        ProgramError: where the program breaks a rule of `protocol.validate`.
+    """
     check(program)
-    sizes = _stage_bytes(partition, input_bytes, target_bytes, optimizer_copies)
     everyone = range(program.num_stages)
     if timing == "lockstep":
-        return _peaks(program, sizes, slow=None)
-    return [_peaks(program, sizes, slow=stage)[stage] for stage in everyone]
+        return _moments(program, slow=None)
+    return [_moments(program, slow=stage)[stage] for stage in everyone]
 
 
 @dataclass(frozen=True, kw_only=True)
-class _StageBytes:
-    """Bytes of a stage; those that depend on a batch are of a whole one."""
+class StageBytes:
+    """Bytes of what a stage can hold; those that depend on a batch are of a whole one.
+
+    Args:
+        weights: parameters and buffers.
+        trained: parameters that are trained.
+        saved_weights: parameters that a backward needs.
+        optimizer: its state.
+        input: of the stage.
+        target: that travels along.
+        output: of the stage.
+        graph: what the forward keeps for the backward, and the output.
+        saved_input: of the input, what the backward needs.
+        copies_input: whether the first layer changes its input, which is copied then.
+    """
 
     weights: int
     trained: int
@@ -120,31 +149,38 @@ class _StageBytes:
     copies_input: bool
 
 
-def _stage_bytes(
-    partition: Partition, input_bytes: int, target_bytes: int, optimizer_copies: float
-) -> list[_StageBytes]:
-    sizes: list[_StageBytes] = []
-    for cost in partition.stages:
-        layers = partition.layers[cost.start : cost.end]
-        trained = sum(_known(layer, "gradient_bytes") for layer in layers)
-        output = _known(layers[-1], "output_bytes")
-        # The last output stays with the graph, whether a formula needs it or not: the backward starts from it.
-        let_go = sum(_known(layer, "unsaved_output_bytes") for layer in layers[:-1])
-        sizes.append(
-            _StageBytes(
-                weights=sum(_known(layer, "weight_bytes") for layer in layers),
-                trained=trained,
-                saved_weights=sum(_known(layer, "saved_weight_bytes") for layer in layers),
-                optimizer=round(optimizer_copies * trained),
-                input=sizes[-1].output if sizes else input_bytes,
-                target=target_bytes,
-                output=output,
-                graph=sum(_known(layer, "graph_bytes") for layer in layers) - let_go,
-                saved_input=_known(layers[0], "saved_input_bytes"),
-                copies_input=bool(_known(layers[0], "changes_input")),
-            )
-        )
-    return sizes
+def stage_bytes(partition: Partition, input_bytes: int, target_bytes: int, optimizer_copies: float) -> list[StageBytes]:
+    """Of each stage of a partition."""
+    return [
+        span_bytes(partition.layers, cost.start, cost.end, input_bytes, target_bytes, optimizer_copies)
+        for cost in partition.stages
+    ]
+
+
+def span_bytes(
+    layers: Sequence[LayerCost], start: int, end: int, input_bytes: int, target_bytes: int, optimizer_copies: float
+) -> StageBytes:
+    """Of a stage of the layers start .. end-1.
+
+    Raises:
+        PlanError: where a layer's memory is unknown.
+    """
+    span = layers[start:end]
+    trained = sum(_known(layer, "gradient_bytes") for layer in span)
+    # The last output stays with the graph, whether a formula needs it or not: the backward starts from it.
+    let_go = sum(_known(layer, "unsaved_output_bytes") for layer in span[:-1])
+    return StageBytes(
+        weights=sum(_known(layer, "weight_bytes") for layer in span),
+        trained=trained,
+        saved_weights=sum(_known(layer, "saved_weight_bytes") for layer in span),
+        optimizer=round(optimizer_copies * trained),
+        input=_known(layers[start - 1], "output_bytes") if start else input_bytes,
+        target=target_bytes,
+        output=_known(span[-1], "output_bytes"),
+        graph=sum(_known(layer, "graph_bytes") for layer in span) - let_go,
+        saved_input=_known(span[0], "saved_input_bytes"),
+        copies_input=bool(_known(span[0], "changes_input")),
+    )
 
 
 def _known(layer: LayerCost, field: str) -> int:
@@ -157,34 +193,80 @@ def _known(layer: LayerCost, field: str) -> int:
     return int(value)
 
 
-def _peaks(program: Program, sizes: list[_StageBytes], *, slow: int | None) -> list[StageMemory]:
-    """The account of the moment at which each stage holds the most.
+@dataclass(frozen=True, kw_only=True)
+class Holdings:
+    """What a stage holds at a moment, counted in whole batches (micro-batches are fractions of one).
+
+    Args:
+        saved_weights: copies of the weights that stored graphs need.
+        averages: of the change of the trained weights (PipeMare).
+        optimizer: whether it has a state.
+        gradients: whether there are gradients of weights.
+        stored: inputs with their targets.
+        stored_outputs: that a synthesizer is yet to be trained with.
+        graphs: that wait for their backward.
+        copied_inputs: graphs that began with a copy of the input, where the first layer leaves it alone.
+        outputs_in_both: of the stored outputs, those that a graph ends with.
+        queued: inputs with their targets in the queues.
+        queued_inputs: gradients of the input in the queues.
+        queued_outputs: outputs and their gradients in the queues.
+    """
+
+    saved_weights: int
+    averages: int
+    optimizer: int
+    gradients: int
+    stored: float
+    stored_outputs: float
+    graphs: float
+    copied_inputs: float
+    outputs_in_both: float
+    queued: float
+    queued_inputs: float
+    queued_outputs: float
+
+    def bytes(self, size: StageBytes) -> StageMemory:
+        """The account for a stage of that size."""
+        copies = self.graphs if size.copies_input else self.copied_inputs
+        return StageMemory(
+            weights=size.weights,
+            stashed=size.saved_weights * self.saved_weights + size.trained * self.averages,
+            optimizer=size.optimizer * self.optimizer,
+            gradients=size.trained * self.gradients,
+            inputs=round((size.input + size.target) * self.stored + size.output * self.stored_outputs),
+            graphs=round(size.graph * self.graphs + size.saved_input * copies - size.output * self.outputs_in_both),
+            queues=round(
+                (size.input + size.target) * self.queued
+                + size.input * self.queued_inputs
+                + size.output * self.queued_outputs
+            ),
+        )
+
+
+def _moments(program: Program, *, slow: int | None) -> list[list[Holdings]]:
+    """The distinct moments of each stage.
 
     Args:
         program: to run.
-        sizes: of each stage.
         slow: the stage that acts only when no other can; None: all keep step.
     """
     batches = 2 * program.max_lag + 4 + max(stage.policy.accumulate for stage in program.stages)
     run = DryRun(program, [list(stage.actions(batches)) for stage in program.stages], batches)
     accounts = [
-        _Account(stage, size, is_first=index == 0, is_last=index == run.last)
-        for index, (stage, size) in enumerate(zip(program.stages, sizes, strict=True))
+        _Account(stage, is_first=index == 0, is_last=index == run.last) for index, stage in enumerate(program.stages)
     ]
-    peaks = [StageMemory()] * program.num_stages
+    moments: list[dict[Holdings, None]] = [{} for _ in program.stages]
 
     def look(stage: int) -> None:
         waiting = len(run.activations[stage]), len(run.gradients[stage])
-        peaks[stage] = max(
-            peaks[stage], accounts[stage].memory(run.stages[stage], *waiting), key=lambda memory: memory.total
-        )
+        moments[stage][accounts[stage].holdings(run.stages[stage], *waiting)] = None
 
     for stage in _lockstep(run, program, batches) if slow is None else _as_far_as_they_get(run, slow):
         look(stage)
         accounts[stage].before(run.streams[stage][0].kind, _unit(run, stage), run.stages[stage].updates)
         run.act(stage)
         look(stage)
-    return peaks
+    return [list(found) for found in moments]
 
 
 def _unit(run: DryRun, stage: int) -> Unit | None:
@@ -211,18 +293,16 @@ def _as_far_as_they_get(run: DryRun, slow: int) -> Iterator[int]:
 
 
 class _Account:
-    """What a stage holds, in bytes.
+    """Counts what a stage holds.
 
     Args:
         program: of the stage.
-        size: of what it can hold.
         is_first: whether it gets batches whole and keeps no input gradient.
         is_last: whether its output is a loss.
     """
 
-    def __init__(self, program: StageProgram, size: _StageBytes, *, is_first: bool, is_last: bool) -> None:
+    def __init__(self, program: StageProgram, *, is_first: bool, is_last: bool) -> None:
         self._program = program
-        self._size = size
         self._is_first = is_first
         self._is_last = is_last
         self._version: dict[Unit, int] = {}
@@ -232,7 +312,7 @@ class _Account:
         if kind is Kind.FORWARD and unit is not None:
             self._version[unit] = updates
 
-    def memory(self, state: StageState, activations: int, gradients: int) -> StageMemory:
+    def holdings(self, state: StageState, activations: int, gradients: int) -> Holdings:
         """The account now.
 
         Args:
@@ -240,49 +320,41 @@ class _Account:
             activations: that wait for it.
             gradients: that wait for it.
         """
-        size, parts = self._size, self._program.policy.micro_batches
-        message = size.input + size.target
-        arrived = len(state.received) + activations
-        stored = message * len(state.stored) / parts
-        queued = message * arrived / parts
+        parts = self._program.policy.micro_batches
+        stored = len(state.stored) / parts
+        queued = (len(state.received) + activations) / parts
         if self._is_first:
             # Micro-batches are views of the batch as it was loaded, which the last of them keeps alive.
             batches = {batch for batch, _ in state.stored}
-            stored = message * len(batches)
-            queued = message * len({batch for batch, _ in state.received} - batches)
-        else:
-            queued += size.input * len(state.input_gradients) / parts
-        queued += size.output * (len(state.gradients) + gradients) / parts
+            stored = len(batches)
+            queued = len({batch for batch, _ in state.received} - batches)
+        outputs = len(state.gradients) + gradients
         if self._program.recomputes and not self._is_last:
-            queued += size.output * len(state.outputs) / parts
-        kept = len(state.predicted & state.graphs)
-        stored += size.output * len(state.predicted) / parts
-        return StageMemory(
-            weights=size.weights,
-            stashed=self._weight_copies(state),
-            optimizer=size.optimizer if state.updates else 0,
-            gradients=size.trained if state.pending else 0,
-            inputs=round(stored),
-            graphs=round(
-                (size.graph * len(state.graphs) + size.saved_input * self._copies(state) - size.output * kept) / parts
-            ),
-            queues=round(queued),
+            outputs += len(state.outputs)
+        saved_weights, averages = self._weight_copies(state)
+        return Holdings(
+            saved_weights=saved_weights,
+            averages=averages,
+            optimizer=int(bool(state.updates)),
+            gradients=int(bool(state.pending)),
+            stored=stored,
+            stored_outputs=len(state.predicted) / parts,
+            graphs=len(state.graphs) / parts,
+            copied_inputs=0 if self._program.recomputes else len(state.graphs & {(0, 0), (0, None)}) / parts,
+            outputs_in_both=len(state.predicted & state.graphs) / parts,
+            queued=queued,
+            queued_inputs=0 if self._is_first else len(state.input_gradients) / parts,
+            queued_outputs=outputs / parts,
         )
 
-    def _copies(self, state: StageState) -> int:
-        """Graphs that began with a copy of the input: all where layers change it, else that of the first pass."""
-        if self._size.copies_input:
-            return len(state.graphs)
-        return 0 if self._program.recomputes else len(state.graphs & {(0, 0), (0, None)})
-
-    def _weight_copies(self, state: StageState) -> int:
+    def _weight_copies(self, state: StageState) -> tuple[int, int]:
+        """Copies of the saved weights, and averages."""
         policy = self._program.policy
         if not self._program.stores_graphs_over_updates:
-            return 0
+            return 0, 0
         if policy.weights == "stashed":
-            versions = {self._version[unit] for unit in state.graphs} - {state.updates}
-            return self._size.saved_weights * len(versions)
+            return len({self._version[unit] for unit in state.graphs} - {state.updates}), 0
         if policy.correction is None or policy.correction.discrepancy_decay is None:
-            return 0
+            return 0, 0
         # The averages, and from the backward to the update the estimates that it used.
-        return self._size.trained + (self._size.saved_weights if state.pending else 0)
+        return int(bool(state.pending)), 1
