@@ -182,7 +182,13 @@ def test_a_queue_longer_than_the_slack_is_explained() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"activations": "kept"}, 'activations is \'kept\'; it must be "recompute" or "stored".'),
+        (
+            {"activations": "kept"},
+            (
+                'activations is \'kept\'; it must be "recompute", "stored", "auto", or one of the first two for each '
+                "stage."
+            ),
+        ),
         (
             {"weights": "current"},
             (

@@ -12,6 +12,8 @@ Variants (ours, beyond the paper), on any staleness:
     activations="stored"   F keeps the graph and R falls away: a quarter of the work saved, m_k + 1 graphs held.
       weights="stashed"    B differentiates exactly what F computed; the weights of up to m_k versions are kept.
       weights="current"    B puts today's weights into yesterday's graph; one copy of the weights.
+    activations=(.., ..)   one of the two for each stage; "auto" leaves it to a plan (`plan.planner`), which stores
+                           where that makes a step shorter and the memory allows it.
     accumulate=M           one U per M batches, with the mean of their gradients.
 
 Source: Xu, Huo, Huang, On the Acceleration of Deep Learning Model Parallelism with Staleness, CVPR 2020,
@@ -22,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from stalewise.errors import ConfigError
 from stalewise.methods.method import Activations, Method, check_activations, stale_slots
@@ -42,7 +44,7 @@ class DSP(Method):
         queue: p_k, slack of the activation link k -> k+1 in batches. It labels how the slack of a link is split
             between its two directions; no engine blocks on it and no number depends on it. None: half of each
             link's slack, rounded up.
-        activations: "recompute" (the paper's) or "stored".
+        activations: "recompute" (the paper's) or "stored", for all stages or one for each; or "auto".
         weights: which the backward of a stored graph uses, "stashed" or "current"; None: "stashed".
         accumulate: batches per update.
 
@@ -53,7 +55,7 @@ class DSP(Method):
     name: ClassVar[str] = "dsp"
 
     queue: tuple[int, ...]
-    activations: Activations
+    activations: Activations | Literal["auto"] | tuple[Activations, ...]
     weights: BackwardWeights | None
     accumulate: int
     _staleness: Staleness
@@ -63,7 +65,7 @@ class DSP(Method):
         *,
         staleness: Sequence[int],
         queue: Sequence[int] | None = None,
-        activations: Activations = "recompute",
+        activations: Activations | Literal["auto"] | Sequence[Activations] = "recompute",
         weights: BackwardWeights | None = None,
         accumulate: int = 1,
     ) -> None:
@@ -72,14 +74,14 @@ class DSP(Method):
             queue = tuple((slack + 1) // 2 for slack in depths.slack)
         object.__setattr__(self, "_staleness", depths)
         object.__setattr__(self, "queue", _checked_queue(queue, depths))
-        check_activations(activations)
+        activations = _checked_activations(activations, depths)
         if weights is not None and activations == "recompute":
             raise ConfigError(
                 f'weights is {weights!r} with activations="recompute"; a recompute always uses the current weights. '
                 'Leave weights out, or give activations="stored".'
             )
         object.__setattr__(self, "activations", activations)
-        object.__setattr__(self, "weights", weights or ("stashed" if activations == "stored" else None))
+        object.__setattr__(self, "weights", weights or (None if activations == "recompute" else "stashed"))
         object.__setattr__(self, "accumulate", accumulate)
         self._policy()
 
@@ -88,7 +90,7 @@ class DSP(Method):
         cls,
         num_stages: int,
         *,
-        activations: Activations = "recompute",
+        activations: Activations | Literal["auto"] | Sequence[Activations] = "recompute",
         weights: BackwardWeights | None = None,
         accumulate: int = 1,
     ) -> DSP:
@@ -133,16 +135,61 @@ class DSP(Method):
     def stage_program(self, stage: int) -> StageProgram:
         """The local step of stage `stage`."""
         lag = self._staleness[stage]
-        recompute = lag > 0 and self.activations == "recompute"
+        if self.activations == "auto":
+            raise ConfigError(
+                'activations is "auto", which a plan decides for each stage from measured times and memory. Use '
+                'Pipeline(partition="profile"), or give "recompute", "stored", or one of them for each stage.'
+            )
+        kept = self.activations if isinstance(self.activations, str) else self.activations[stage]
+        recompute = lag > 0 and kept == "recompute"
         return StageProgram(stale_slots(stage, self.num_stages, lag=lag, recompute=recompute), self._policy())
 
+    @property
+    def is_decided(self) -> bool:
+        """Whether it is known what every stage keeps: all but "auto"."""
+        return self.activations != "auto"
+
+    def with_activations(self, activations: Activations | Sequence[Activations]) -> DSP:
+        """The same with these activations."""
+        return DSP(
+            staleness=self._staleness,
+            queue=self.queue,
+            activations=activations,
+            weights=self.weights if "stored" in activations or activations == "auto" else None,
+            accumulate=self.accumulate,
+        )
+
     def __repr__(self) -> str:
-        variants = "" if self.activations == "recompute" else f", activations='stored', weights={self.weights!r}"
+        variants = (
+            "" if self.activations == "recompute" else f", activations={self.activations!r}, weights={self.weights!r}"
+        )
         variants += "" if self.accumulate == 1 else f", accumulate={self.accumulate}"
         return f"DSP(queue={self.queue}, staleness={self._staleness.values}{variants})"
 
     def _policy(self) -> StagePolicy:
         return StagePolicy(weights=self.weights or "stashed", accumulate=self.accumulate)
+
+
+def _checked_activations(
+    activations: Activations | Literal["auto"] | Sequence[Activations], staleness: Staleness
+) -> Activations | Literal["auto"] | tuple[Activations, ...]:
+    """One for all stages where they are equal."""
+    if activations == "auto" or activations == "recompute" or activations == "stored":
+        return activations
+    if isinstance(activations, str) or not isinstance(activations, (list, tuple)):
+        raise ConfigError(
+            f'activations is {activations!r}; it must be "recompute", "stored", "auto", or one of the first two for '
+            "each stage."
+        )
+    each: tuple[Activations, ...] = tuple(activations)
+    for entry in each:
+        check_activations(entry)
+    if len(each) != len(staleness):
+        raise ConfigError(
+            f"activations {each} has {len(each)} entries and staleness {staleness.values} has {len(staleness)}; give "
+            "one of each per stage, or one for all."
+        )
+    return each[0] if len(set(each)) == 1 else each
 
 
 def _checked_queue(queue: Sequence[int], staleness: Staleness) -> tuple[int, ...]:

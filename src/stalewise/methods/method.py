@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Sequence
 from typing import ClassVar, Literal, final
 
 from stalewise.errors import ConfigError
@@ -32,6 +33,15 @@ class Method(abc.ABC):
     @abc.abstractmethod
     def stage_program(self, stage: int) -> StageProgram:
         """The local step of stage `stage`."""
+
+    @property
+    def is_decided(self) -> bool:
+        """Whether the programs are known without a plan."""
+        return True
+
+    def with_activations(self, activations: Activations | Sequence[Activations]) -> Method:
+        """The same with these activations, where a method leaves them to a plan."""
+        raise NotImplementedError(f"{self.name} leaves nothing to a plan")
 
     @property
     def num_stages(self) -> int:

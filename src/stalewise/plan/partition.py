@@ -20,7 +20,7 @@ from typing import Any
 from stalewise.errors import PlanError
 from stalewise.plan.split import best_cuts
 
-__all__ = ["LayerCost", "Partition", "StageCost", "check_cuts", "fixed_partition", "partition"]
+__all__ = ["LayerCost", "Partition", "StageCost", "check_cuts", "check_room", "fixed_partition", "partition"]
 
 _MEMORY_FIELDS = (
     "graph_bytes",
@@ -241,7 +241,7 @@ def partition(layers: Sequence[LayerCost], *, recompute: Sequence[bool]) -> Part
     Raises:
         PlanError: where there are fewer layers than stages, no stage at all, or a time is unknown.
     """
-    _check_room(len(layers), len(recompute))
+    check_room(len(layers), len(recompute))
     forward_s, backward_s = [], []
     for index, layer in enumerate(layers):
         if layer.forward_s is None or layer.backward_s is None:
@@ -285,7 +285,7 @@ def check_cuts(cuts: Sequence[int], num_layers: int, num_stages: int) -> tuple[i
     Raises:
         PlanError: where they are not; the message gives cuts that are.
     """
-    _check_room(num_layers, num_stages)
+    check_room(num_layers, num_stages)
     even = tuple(stage * num_layers // num_stages for stage in range(1, num_stages))
     try:
         entries = tuple(cuts)
@@ -321,8 +321,12 @@ def check_cuts(cuts: Sequence[int], num_layers: int, num_stages: int) -> tuple[i
     return entries
 
 
-def _check_room(num_layers: int, num_stages: int) -> None:
-    """Refuse a number of stages that these layers cannot fill."""
+def check_room(num_layers: int, num_stages: int) -> None:
+    """Refuse a number of stages that these layers cannot fill.
+
+    Raises:
+        PlanError: where there are fewer layers than stages, or none of either.
+    """
     if num_layers < 1:
         raise PlanError("the model has no layers; each stage needs at least one. Give a model with layers.")
     if num_stages < 1:
