@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from block import Block
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import SGD, AdamW, Optimizer
@@ -55,15 +56,15 @@ def network() -> nn.Sequential:
     """Nine layers with BatchNorm, Dropout, and ReLUs in place; each stage of `CUTS` has a `Jitter`."""
     torch.manual_seed(0)
     return nn.Sequential(
-        nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), Jitter()),
+        Block(nn.Conv2d(3, 6, 3, padding=1), Jitter()),
         nn.BatchNorm2d(6),
         nn.ReLU(inplace=True),
-        nn.Sequential(nn.Dropout2d(0.2), nn.Conv2d(6, 8, 3, stride=2, padding=1), Jitter()),
+        Block(nn.Dropout2d(0.2), nn.Conv2d(6, 8, 3, stride=2, padding=1), Jitter()),
         nn.BatchNorm2d(8),
         nn.ReLU(inplace=True),
-        nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), Jitter(), nn.Dropout(0.1)),
+        Block(nn.Conv2d(8, 8, 3, padding=1), Jitter(), nn.Dropout(0.1)),
         nn.BatchNorm2d(8),
-        nn.Sequential(nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), Jitter(), nn.Linear(32, CLASSES)),
+        Block(nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), Jitter(), nn.Linear(32, CLASSES)),
     )
 
 

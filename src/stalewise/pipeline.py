@@ -15,30 +15,30 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from stalewise._version import __version__
+from stalewise.arguments import (
+    check_functions,
+    check_gradient_difference,
+    check_numbers,
+    is_distributed,
+    resolve_device,
+)
 from stalewise.engine.assemble import ParameterOptions, assemble_stage
 from stalewise.engine.engine import Batches, Engine
-from stalewise.engine.feed import check_batch, iterate
+from stalewise.engine.feed import iterate
 from stalewise.engine.sequential import SequentialEngine
 from stalewise.engine.split import Chain, LayerSource
 from stalewise.engine.stage import LossFunction, Metric
 from stalewise.errors import ConfigError
 from stalewise.methods import Method
 from stalewise.plan.memory import StageMemory
-from stalewise.plan.partition import (
-    LayerCost,
-    Partition,
-    check_cuts,
-    fixed_partition,
-)
-from stalewise.plan.partition import (
-    partition as best_partition,
-)
-from stalewise.plan.profile import profile_layers
+from stalewise.plan.partition import LayerCost, Partition, check_cuts, fixed_partition
+from stalewise.plan.planner import Plan, plan_stages
+from stalewise.planning import measure, optimizer_copies, parse_bytes
 from stalewise.protocol.stragglers import Straggler, Stragglers
 from stalewise.protocol.trace import Trace
 from stalewise.runtime.distributed import DistributedEngine
 from stalewise.runtime.exchange import all_gather_json, broadcast_json
-from stalewise.runtime.job import Job, current_job, in_launched_job
+from stalewise.runtime.job import Job, current_job
 from stalewise.runtime.payload import payload_groups
 
 __all__ = ["Pipeline"]
@@ -56,14 +56,19 @@ class Pipeline:
     Args:
         model: an `nn.Sequential`, or a list of modules that stands for `nn.Sequential(*list)`. An entry may be a
             function without arguments that builds the module; it is called only on the rank of its stage. Every
-            rank builds the model; rank k's own values become stage k's.
+            rank builds the model; rank k's own values become stage k's. Plain `nn.Sequential`s inside are opened:
+            their layers are layers of the model.
         method: what the stages do, such as `DSP.minimal(num_stages=3)`; it says how many stages there are.
         loss_fn: (output, target) -> the batch's mean loss as a scalar tensor; called on the last stage.
         optimizer: parameters (or parameter groups, see `param_groups`) -> a torch optimizer. Called once per stage
             that has trainable parameters, with these.
         lr_scheduler: optimizer -> scheduler, stepped once per update of its stage.
         partition: "profile" measures every layer with the first batch of the first `train` or `evaluate` (which is
-            still trained) and finds the best split; or the indices of the first layers of stages 1 .. K-1.
+            still trained), on all ranks at once, and finds the best split for their speeds; or the indices of the
+            first layers of stages 1 .. K-1.
+        memory_limit: bytes that a stage may hold, such as "2GiB"; a plan from a profile keeps to it. With
+            `DSP(activations="auto")` the plan decides for each stage whether it recomputes or stores its graphs. It
+            then calls `optimizer` once more, with a small parameter, to see how much state it keeps.
         engine: "auto" is "distributed" in a launched job and "sequential" elsewhere.
         device: "auto" is this rank's GPU (ranks share GPUs where there are fewer), else the CPU.
         seed: of the random layers; None: `torch.initial_seed()` of rank 0.
@@ -82,6 +87,7 @@ class Pipeline:
     Attributes:
         cuts: indices of the first layers of stages 1 .. K-1; None until they are known.
         partition: the split with what was measured of it; None until it is known.
+        plan: what a profile led to; None with given cuts, and until it is known.
 
     Raises:
         ConfigError: where an argument is not valid, or ranks disagree (then on all of them).
@@ -97,6 +103,7 @@ class Pipeline:
         optimizer: Callable[[Any], Optimizer],
         lr_scheduler: Callable[[Optimizer], LRScheduler] | None = None,
         partition: Literal["profile"] | Sequence[int] = "profile",
+        memory_limit: int | str | None = None,
         engine: EngineName = "auto",
         device: str | torch.device = "auto",
         seed: int | None = None,
@@ -108,13 +115,14 @@ class Pipeline:
         measure_memory: bool = False,
         stragglers: Stragglers | Straggler | Sequence[Straggler] | None = None,
     ) -> None:
-        _check_functions(method, loss_fn, optimizer, lr_scheduler, param_groups)
-        _check_numbers(seed, clip_grad_norm, recv_timeout_s)
-        _check_gradient_difference(gradient_difference_every, method)
+        check_functions(method, loss_fn, optimizer, lr_scheduler, param_groups)
+        check_numbers(seed, clip_grad_norm, recv_timeout_s)
+        check_gradient_difference(gradient_difference_every, method)
         self.method = method
         self.cuts: tuple[int, ...] | None = None
         self.partition: Partition | None = None
-        self._program = method.program()
+        self.plan: Plan | None = None
+        self._memory_limit = None if memory_limit is None else parse_bytes(memory_limit)
         self._chain = Chain(model)
         self._loss_fn = loss_fn
         self._optimizer = optimizer
@@ -127,10 +135,10 @@ class Pipeline:
         self._measure_memory = measure_memory
         self._stragglers = Stragglers.of(stragglers)
         self._stragglers.check_stages(method.num_stages)
-        self._job = current_job() if _is_distributed(engine) else None
+        self._job = current_job() if is_distributed(engine) else None
         if self._job is None:
             self._chain = self._chain.built()
-        self._device = _resolve_device(device, self._job)
+        self._device = resolve_device(device, self._job)
         self._seed = torch.initial_seed() if seed is None else seed
         self._engine: Engine | None = None
         if self._job is not None:
@@ -140,8 +148,14 @@ class Pipeline:
         if partition != "profile":
             if isinstance(partition, str):
                 raise ConfigError(f'partition is {partition!r}; it must be "profile" or cut indices, such as (2, 4).')
+            if self._memory_limit is not None:
+                raise ConfigError(
+                    "memory_limit needs a profile, which says what a stage would hold, and the cuts are given. Use "
+                    'partition="profile", or leave memory_limit out.'
+                )
             cuts = check_cuts(partition, len(self._chain), method.num_stages)
-            self._build(fixed_partition(self._layer_costs(), cuts, recompute=self._recompute))
+            recompute = [stage.recomputes for stage in method.program().stages]
+            self._build(fixed_partition(self._layer_costs(), cuts, recompute=recompute))
         else:
             check_cuts(range(1, method.num_stages), len(self._chain), method.num_stages)
 
@@ -289,10 +303,6 @@ class Pipeline:
         """Load what `optimizer_state_dict` gave, also where the cuts are others."""
         self._built("load_optimizer_state_dict").load_optimizer_state_dict(state)
 
-    @property
-    def _recompute(self) -> list[bool]:
-        return [stage.recomputes for stage in self._program.stages]
-
     def _built(self, name: str) -> Engine:
         if self._engine is None:
             raise ConfigError(
@@ -310,25 +320,28 @@ class Pipeline:
             iterator = iterate(batches)
             first = list(itertools.islice(iterator, 1))
             batches = itertools.chain(first, iterator)
-        costs: list[dict[str, Any]] | None = None
-        if first:
-            costs = [vars(cost) for cost in self._profile(first[0])]
-        if self._job is not None:
-            costs = broadcast_json(costs, 0, self._job.group)
-        if costs is not None:
-            measured = [LayerCost(**cost) for cost in costs]
-            self._build(best_partition(measured, recompute=self._recompute))
-            if self.rank == 0 and self._verbose:
-                assert self.partition is not None
-                print(self.partition.table())
-        return batches
-
-    def _profile(self, batch: Any) -> list[LayerCost]:
-        check_batch(batch)
-        inputs, targets = batch
-        return profile_layers(
-            self._chain.layers, inputs, targets, self._loss_fn, device=self._device, names=self._chain.names
+        measured = measure(
+            self._chain,
+            first,
+            self._loss_fn,
+            device=self._device,
+            job=self._job,
+            num_stages=self.method.num_stages,
         )
+        if measured is not None:
+            counts_memory = self._memory_limit is not None or not self.method.is_decided
+            self.plan = plan_stages(
+                measured.layers,
+                self.method,
+                batch=measured.batch(optimizer_copies(self._optimizer) if counts_memory else 1.0),
+                memory_limit=self._memory_limit,
+                slowdowns=measured.slowdowns,
+            )
+            self.method = self.plan.method
+            self._build(self.plan.partition)
+            if self.rank == 0 and self._verbose:
+                print(self.plan.partition.table())
+        return batches
 
     def _layer_costs(self) -> list[LayerCost]:
         """The layers with nothing measured."""
@@ -344,6 +357,7 @@ class Pipeline:
     def _build(self, plan: Partition) -> None:
         """Cut the model and make the engine."""
         self._chain.check_nothing_shared(plan.cuts)
+        program = self.method.program()
         stages = range(self.method.num_stages) if self._job is None else [self._job.rank]
         built = [
             assemble_stage(
@@ -357,13 +371,13 @@ class Pipeline:
                 loss_fn=self._loss_fn,
                 clip_grad_norm=self._clip_grad_norm,
                 param_groups=self._param_groups,
-                program=self._program.stages[index],
+                program=program.stages[index],
             )
             for index in stages
         ]
         if self._job is None:
             self._engine = SequentialEngine(
-                self._program,
+                program,
                 built,
                 gradient_difference_every=self._gradient_difference_every,
                 measure_memory=self._measure_memory,
@@ -371,7 +385,7 @@ class Pipeline:
             )
         else:
             self._engine = DistributedEngine(
-                self._program,
+                program,
                 built[0],
                 self._job,
                 plan=self._plan_hash(plan.cuts),
@@ -396,6 +410,7 @@ class Pipeline:
             "partition": partition if isinstance(partition, str) else [*map(repr, partition)],
             "model": self._chain.describe(),
             "seed": self._seed,
+            "memory_limit": self._memory_limit,
             "measure_memory": self._measure_memory,
             "stragglers": repr(self._stragglers),
         }
@@ -416,78 +431,3 @@ class Pipeline:
                 f"the method has {self.method.num_stages} stages and the job {job.world_size} ranks; rank k is stage "
                 f"k. Start {self.method.num_stages} workers, or use a method of {job.world_size} stages."
             )
-
-
-def _is_distributed(engine: str) -> bool:
-    if engine not in ("auto", "sequential", "distributed"):
-        raise ConfigError(f'engine is {engine!r}; it must be "auto", "sequential" or "distributed".')
-    launched = in_launched_job()
-    if engine == "distributed" and not launched:
-        raise ConfigError(
-            'engine="distributed" needs one process per stage, and this process is alone. Start it with '
-            'stalewise.launch(main, num_workers=K) or torchrun, or use engine="sequential".'
-        )
-    return launched and engine != "sequential"
-
-
-def _resolve_device(device: str | torch.device, job: Job | None) -> torch.device:
-    if device == "auto":
-        if not torch.cuda.is_available():
-            return torch.device("cpu")
-        local_rank = 0 if job is None else job.local_rank
-        return torch.device("cuda", local_rank % torch.cuda.device_count())
-    try:
-        resolved = torch.device(device)
-        torch.empty(0, device=resolved)
-    except (RuntimeError, AssertionError, TypeError) as error:
-        raise ConfigError(f'device {device!r} cannot be used: {error}. Use "auto", "cpu" or "cuda:0".') from None
-    if resolved.type == "cuda" and resolved.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return resolved
-
-
-def _check_functions(method: Any, loss_fn: Any, optimizer: Any, lr_scheduler: Any, param_groups: Any) -> None:
-    if not isinstance(method, Method):
-        raise ConfigError(f"method is {method!r}; it must be a method such as stalewise.DSP.minimal(num_stages=3).")
-    if isinstance(optimizer, Optimizer):
-        raise ConfigError(
-            "optimizer is an optimizer already; each stage builds its own. Give a function, such as "
-            "lambda params: torch.optim.SGD(params, lr=0.1)."
-        )
-    required, optional = (
-        {"loss_fn": loss_fn, "optimizer": optimizer},
-        {
-            "lr_scheduler": (lr_scheduler, "optimizer -> scheduler"),
-            "param_groups": (param_groups, "(name, parameter) -> options"),
-        },
-    )
-    for name, value in required.items():
-        if not callable(value):
-            raise ConfigError(f"{name} is {value!r}; it must be a function.")
-    for name, (value, signature) in optional.items():
-        if value is not None and not callable(value):
-            raise ConfigError(f"{name} is {value!r}; it must be a function {signature}, or None.")
-
-
-def _check_numbers(seed: Any, clip_grad_norm: Any, recv_timeout_s: Any) -> None:
-    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
-        raise ConfigError(f"seed is {seed!r}; it must be a whole number, or None for torch's own.")
-    for name, value, may_be_none in (
-        ("clip_grad_norm", clip_grad_norm, True),
-        ("recv_timeout_s", recv_timeout_s, False),
-    ):
-        is_number = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
-        if not is_number and not (value is None and may_be_none):
-            raise ConfigError(f"{name} is {value!r}; it must be a number above 0.")
-
-
-def _check_gradient_difference(every: Any, method: Method) -> None:
-    if every is None:
-        return
-    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-        raise ConfigError(f"gradient_difference_every is {every!r}; it must be a number of batches, or None.")
-    if any(stage.policy.accumulate > 1 for stage in method.program().stages):
-        raise ConfigError(
-            "gradient_difference_every is on and gradients accumulate over batches; the gradient of one batch is never "
-            "applied by itself then. Use accumulate=1, or leave it out."
-        )

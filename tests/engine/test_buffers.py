@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from block import Block
 from engine_nets import assert_same, build_engine, classification, model_state, momentum, sgd, train
 from reference import train_reference
 from torch import Tensor, nn
@@ -209,7 +210,7 @@ def test_a_buffer_that_leaves_the_stage_arrives_as_it_was() -> None:
             return pair[0]
 
     record = Record()
-    layers = [nn.Sequential(nn.Linear(5, 5), WithCount()), record, nn.Linear(5, 3)]
+    layers = [Block(nn.Linear(5, 5), WithCount()), record, nn.Linear(5, 3)]
     train(build_engine(layers, (4, 2, 0), (1, 2)), classification("mlp", 8))
     sent = [count for graph, count in record.seen if not graph]
     assert sent == [1, 1, 1, 1, 1, 2, 3, 4]

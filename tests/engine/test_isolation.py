@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from block import Block
 from engine_nets import (
     Batches,
     assert_same,
@@ -58,9 +59,9 @@ def assert_like_the_reference(
 IN_PLACE: dict[str, Callable[[], nn.Module]] = {
     "relu": lambda: nn.ReLU(inplace=True),
     "not idempotent": lambda: Apply(lambda h: h.mul_(1.5)),
-    "through a view": lambda: nn.Sequential(nn.Flatten(), Apply(add_to_every_other)),
+    "through a view": lambda: Block(nn.Flatten(), Apply(add_to_every_other)),
     "dropout of nothing": lambda: nn.Dropout(0.0, inplace=True),
-    "second layer": lambda: nn.Sequential(nn.Identity(), nn.SiLU(inplace=True)),
+    "second layer": lambda: Block(nn.Identity(), nn.SiLU(inplace=True)),
 }
 
 

@@ -32,9 +32,46 @@ def test_the_stages_together_are_the_unsplit_model(cuts: tuple[int, ...], as_lis
 def test_named_layers_keep_their_names() -> None:
     model = nn.Sequential(OrderedDict(stem=nn.Linear(2, 2), body=nn.Sequential(nn.Linear(2, 2)), head=nn.Linear(2, 1)))
     chain = Chain(model)
-    assert chain.names == ("stem", "body", "head")
+    assert chain.names == ("stem", "body.0", "head")
     assert len(chain) == 3
     assert list(chain.build((1,), 1).state_dict()) == ["body.0.weight", "body.0.bias", "head.weight", "head.bias"]
+
+
+def nested() -> nn.Sequential:
+    inner = nn.Sequential(OrderedDict(a=nn.Linear(2, 3), b=nn.Sequential(nn.Tanh(), nn.Linear(3, 3))))
+    return nn.Sequential(OrderedDict(stem=nn.Linear(2, 2), body=inner, head=nn.Sequential(nn.Linear(3, 1))))
+
+
+@pytest.mark.parametrize("cuts", [(1,), (2,), (3,), (1, 2, 3, 4)])
+def test_a_model_is_cut_inside_of_nested_chains(cuts: tuple[int, ...]) -> None:
+    model = nested()
+    chain = Chain(model)
+    assert chain.names == ("stem", "body.a", "body.b.0", "body.b.1", "head.0")
+    h = expected = torch.randn(3, 2)
+    state: dict[str, Tensor] = {}
+    for stage in range(len(cuts) + 1):
+        module = chain.build(cuts, stage)
+        h = module(h)
+        state |= module.state_dict()
+    assert torch.equal(h, model(expected))
+    assert_same(state, dict(model.state_dict()))
+
+
+def test_chains_in_a_list_are_opened_too() -> None:
+    assert Chain([nn.Linear(2, 2), nn.Sequential(nn.Tanh(), nn.Tanh())]).names == ("0", "1.0", "1.1")
+
+
+def test_what_is_more_than_a_chain_stays_whole() -> None:
+    class Doubled(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    hooked = nn.Sequential(nn.Tanh())
+    hooked.register_forward_hook(lambda module, args, output: output + 1)
+    weighted = nn.Sequential(nn.Tanh())
+    weighted.register_parameter("scale", nn.Parameter(torch.ones(())))
+    model = nn.Sequential(Doubled(nn.Tanh()), hooked, weighted, nn.Sequential())
+    assert Chain(model).names == ("0", "1", "2", "3")
 
 
 def test_a_module_that_stands_twice_in_a_model_runs_twice() -> None:

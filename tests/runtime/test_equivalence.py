@@ -87,7 +87,7 @@ def test_pipelines_that_are_dropped_are_freed(job_folder: JobFolder) -> None:
         ("method", "ConfigError", "rank 1 and rank 0 were given another method: 'BP("),
         ("staleness", "ConfigError", "rank 1 and rank 0 were given another method"),
         ("shape of a layer", "ConfigError", "another model: '1:Linear:weight(7, 6),bias(7,)' against '1:Linear"),
-        ("number of layers", "ConfigError", "another model: None against '2:Sequential"),
+        ("number of layers", "ConfigError", "another model: None against '2.0:Linear"),
         ("stages and ranks", "ConfigError", "the method has 3 stages and the job 2 ranks"),
         ("bad cuts on all", "PlanError", "cuts[0] is 7"),
     ],

@@ -1,13 +1,14 @@
 """A model as a chain of layers, and its cut into stages.
 
 Layers may be modules or factories (callables that build one). A factory is called only where its stage lives, so a
-model may be larger than any one host.
+model may be larger than any one host. An `nn.Sequential` inside is a chain too, so its layers are layers of the model:
+
+    Sequential(stem, Sequential(a, b), head)  ->  0: stem, 1.0: a, 1.1: b, 2: head
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 
 from torch import nn
@@ -62,8 +63,9 @@ class Chain:
                     f"layer {name} ({type(layer).__name__}) is lazy, so the shapes of its weights are not known "
                     "yet and there is nothing to train. Run the model once on a batch before you build the pipeline."
                 )
-        self.names = tuple(name for name, _ in named)
-        self.layers = tuple(layer for _, layer in named)
+        opened = [inner for name, layer in named for inner in _opened(name, layer)]
+        self.names = tuple(name for name, _ in opened)
+        self.layers = tuple(layer for _, layer in opened)
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -93,10 +95,18 @@ class Chain:
             stage: which stage; factories of other stages are not called.
         """
         start, end = list(pairwise((0, *cuts, len(self))))[stage]
-        built: OrderedDict[str, nn.Module] = OrderedDict()
+        module = nn.Sequential()
         for name, source in zip(self.names[start:end], self.layers[start:end], strict=True):
-            built[name] = _build_layer(name, source)
-        return nn.Sequential(built)
+            *around, last = name.split(".")
+            place = module
+            for part in around:
+                if part not in place._modules:
+                    place.add_module(part, nn.Sequential())
+                inner = place._modules[part]
+                assert isinstance(inner, nn.Sequential)
+                place = inner
+            place.add_module(last, _build_layer(name, source))
+        return module
 
     def check_nothing_shared(self, cuts: Sequence[int]) -> None:
         """Refuse parameters and buffers that two stages share.
@@ -119,6 +129,23 @@ class Chain:
                                 "same tensor; a stage owns its weights, so tied ones must lie in one stage. Move the "
                                 "cut so that both are on one side, or give one layer a copy of its own."
                             )
+
+
+def _opened(name: str, layer: LayerSource) -> Iterator[tuple[str, LayerSource]]:
+    """The layers of a plain `nn.Sequential`, however deep; anything else as it is."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    if (
+        type(layer) is not nn.Sequential
+        or not len(layer)
+        or layer._parameters
+        or layer._buffers
+        or any(getattr(layer, kind) for kind in hooks)
+    ):
+        yield name, layer
+        return
+    for inner_name, inner in layer._modules.items():
+        assert inner is not None
+        yield from _opened(f"{name}.{inner_name}", inner)
 
 
 def _build_layer(name: str, source: LayerSource) -> nn.Module:
