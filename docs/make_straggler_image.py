@@ -1,0 +1,71 @@
+"""Make the picture of what slow steps cost each method, from the results of the benchmark.
+
+python benchmarks/stragglers.py --out docs/results/stragglers.json
+python docs/make_straggler_image.py docs/results/stragglers.json
+"""
+
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+from matplotlib import pyplot as plt
+from matplotlib import rcParams
+
+STYLES = {"torch": ("#b04a3a", "s", "--"), "dsp": ("#2b6cb0", "o", "-"), "other": ("#8a8a8a", "^", ":")}
+
+
+def draw(results: dict[str, Any], target: Path) -> None:
+    """Speed left; measured and predicted slow-down right."""
+    runs, batch = results["runs"], results["options"]["batch_size"]
+    factors = list(dict.fromkeys(runs))
+    percents = [100 * (factor - 1) for factor in factors]
+    figure, (speed, slow) = plt.subplots(1, 2, figsize=(11, 5))
+    for row in results["rows"]:
+        family = "torch" if row["torch"] else "dsp" if " dsp" in row["label"] else "other"
+        colour, marker, line = STYLES[family]
+        alpha = 0.45 if "stored" in row["label"] else 1.0
+        label = row["label"].removeprefix("stalewise ")
+        speeds = [batch / median_of(row["windows_s"], runs, factor) for factor in factors]
+        speed.plot(percents, speeds, color=colour, marker=marker, linestyle=line, alpha=alpha, markersize=4)
+        speed.annotate(label, (percents[-1], speeds[-1]), xytext=(5, -3), textcoords="offset points", fontsize=7)
+        if row["model_s"] is not None:
+            measured = [100 * slow_down(row["windows_s"], runs, factor) for factor in factors]
+            model = [100 * slow_down(row["model_s"], runs, factor) for factor in factors]
+            slow.plot(measured, model, color=colour, marker=marker, linestyle="none", alpha=alpha, markersize=5)
+    largest = max(slow.get_xlim()[1], slow.get_ylim()[1])
+    slow.fill_between([0, largest], [-5, largest - 5], [5, largest + 5], color="#dddddd", label="within 5 points")
+    slow.plot([0, largest], [0, largest], color="black", linewidth=0.8)
+    slow.set(xlabel="slow-down measured, %", ylabel="slow-down of the model, %", xlim=(0, largest), ylim=(0, largest))
+    slow.legend(frameon=False)
+    speed.set(xlabel="a slow step takes longer by, %", ylabel="samples/s", ylim=(0, None))
+    speed.margins(x=0.25)
+    options = results["options"]
+    figure.suptitle(
+        f"{options['model']}, batch {batch}, {options['stages']} stages, each slow with probability "
+        f"{options['probability']:.2g} in each step"
+    )
+    figure.tight_layout()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(target, metadata={"Date": None})
+
+
+def median_of(windows_s: list[float], runs: list[float], factor: float) -> float:
+    """Seconds per step over the rounds."""
+    return statistics.median(seconds for seconds, other in zip(windows_s, runs, strict=True) if other == factor)
+
+
+def slow_down(windows_s: list[float], runs: list[float], factor: float) -> float:
+    """Against the calm run of the same round, in the median."""
+    calm = [seconds for seconds, other in zip(windows_s, runs, strict=True) if other == 1]
+    slowed = [seconds for seconds, other in zip(windows_s, runs, strict=True) if other == factor]
+    return statistics.median(slow / quiet - 1 for slow, quiet in zip(slowed, calm, strict=True))
+
+
+if __name__ == "__main__":
+    plt.switch_backend("svg")
+    rcParams["svg.hashsalt"] = "stalewise"  # the same picture from the same results
+    image = Path(__file__).parent / "images" / "stragglers.svg"
+    draw(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")), image)
+    print(image)
