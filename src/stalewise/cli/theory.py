@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -11,7 +13,15 @@ from rich.table import Table
 from stalewise.errors import ConfigError
 from stalewise.experiments.config import parse_numbers
 from stalewise.protocol.staleness import Staleness
-from stalewise.theory import closed_form_limit, proven_condition, quoted_condition, stability_limit
+from stalewise.theory import (
+    PREDICTED,
+    SineChain,
+    closed_form_limit,
+    observe_rate,
+    proven_condition,
+    quoted_condition,
+    stability_limit,
+)
 
 __all__ = ["theory"]
 
@@ -69,3 +79,41 @@ def lr(
     deepest = depths[0]
     closed = closed_form_limit(deepest) / curvature
     console.print(f"Closed form of stage 0 under SGD, 2 sin(pi / (2 (2m + 1))) / a: {closed:.4f}")
+
+
+@theory.command()
+def rates(
+    staleness: Annotated[
+        list[str] | None, typer.Option(help="Of each stage, in batches; repeat it. Default: 0,0 and 2,0 and 6,0.")
+    ] = None,
+    momentum: Annotated[float, typer.Option(help="beta of heavy ball and Nesterov.")] = 0.5,
+    updates: Annotated[str, typer.Option(help="Numbers of updates, growing.")] = "1024,2048,4096,8192",
+    copies: Annotated[int, typer.Option(help="Of the problem, a multiple of 16.")] = 1024,
+    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Also write the table here, as CSV.")] = None,
+) -> None:
+    """Train a problem with known constants, and fit how fast the mean squared gradient falls with the updates.
+
+    Takes some minutes. Example: stalewise theory rates --staleness 0,0 --staleness 2,0
+    """
+    counts = parse_numbers(updates, "--updates") or ()
+    head = ["optimizer", "staleness", "step sizes", "exponent", "low", "high", "predicted", "of bound", "noiseless"]
+    rows = []
+    print("  ".join(cell.ljust(14) for cell in head).rstrip())
+    for text in staleness or ["0,0", "2,0", "6,0"]:
+        depths = Staleness(parse_numbers(text, "--staleness") or ())
+        problem = SineChain(num_stages=len(depths))
+        for name, beta, s in (("SGD", None, 0.0), ("heavy ball", momentum, 0.0), ("Nesterov", momentum, 1.0)):
+            for steps, predicted in PREDICTED.items():
+                seen = observe_rate(
+                    problem, depths, steps=steps, updates=counts, copies=copies, seed=seed, momentum=beta, s=s
+                )
+                label = name if beta is None else f"{name} {beta:g}"
+                worst = max(mean / promise for mean, promise in zip(seen.means, seen.promises, strict=True))
+                numbers = [seen.exponent, seen.low, seen.high, predicted, worst, max(seen.noiseless)]
+                rows.append([label, str(depths), steps, *(f"{number:.3f}" for number in numbers)])
+                print("  ".join(cell.ljust(14) for cell in rows[-1]).rstrip(), flush=True)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with out.open("w", encoding="utf-8", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows([head, *rows])
