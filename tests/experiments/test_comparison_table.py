@@ -15,7 +15,9 @@ from report.synthetic import simulate
 
 from stalewise.experiments.compare import compare
 from stalewise.experiments.comparison_table import default_target, measure, realised_staleness, time_to
+from stalewise.protocol.stragglers import Straggler
 from stalewise.report import Timeline
+from stalewise.report.comparison_columns import columns
 from stalewise.report.comparison_data import Comparison, Curve, Spread, TableRow
 
 __all__ = ["no_training"]
@@ -173,3 +175,29 @@ def test_a_run_that_cannot_be_read_fails_its_row_alone(no_training: list[str], t
 def test_rows_are_values(compared: Comparison) -> None:
     assert replace(compared) == compared
     json.dumps(compared.as_dict(), allow_nan=False)
+
+
+def test_slow_steps_have_calm_twins(tmp_path: Path, no_training: list[str]) -> None:
+    """Every method is run twice, baselines are not; the second stage always takes twice as long."""
+    slow = (Straggler(stages=(1,), factor=2),)
+    found = compare(config(["bp", "dsp"], seeds=2, baselines=("one-process",), stragglers=slow), tmp_path / "out")
+    of_a_seed = ["bp-seed{0}", "bp-calm-seed{0}", "dsp-seed{0}", "dsp-calm-seed{0}", "one-process-seed{0}"]
+    assert no_training == [name.format(seed) for seed in range(2) for name in of_a_seed]
+    kept = json.loads((tmp_path / "out" / "runs" / "bp-calm-seed1" / "config.json").read_text())
+    assert kept["stragglers"] == []
+    assert row(found, "one-process").slow_down is None
+    for name in ("bp", "dsp"):
+        assert row(found, name).slow_down == Spread((1.0, 1.0))
+    assert found.floor == pytest.approx(1 / 3), "one of three stages, always"
+    by_model = [row(found, name).slow_down_model for name in ("bp", "dsp")]
+    assert by_model[0] is not None
+    assert by_model[1] is not None
+    assert 0.2 < by_model[0].mean < by_model[1].mean < 1.2, "stages that take turns feel one of them less"
+    heads = [column.head for column in columns(found)]
+    assert "Slow-down (floor 33.3%)" in heads
+    assert "by the model" in heads
+
+
+def test_without_slow_steps_nothing_is_said_of_them(compared: Comparison) -> None:
+    assert compared.floor is None
+    assert not any("low-down" in column.head for column in columns(compared))

@@ -38,6 +38,8 @@ from stalewise.runtime.launch import launch
 __all__ = ["BASELINES", "ComparisonConfig", "Entry", "PlannedRun", "Runner"]
 
 BASELINES = ("one-process", "data-parallel")
+CALM = "-calm"
+"""After the name of a row: the same method without the slow steps that the comparison asks for."""
 FAILURE = "failure.json"
 """In a run folder: why the run failed."""
 
@@ -64,15 +66,27 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedRun:
-    """One run: an entry with a seed."""
+    """One run: an entry with a seed.
+
+    Args:
+        entry: the row.
+        seed: of the run.
+        calm: whether it is the undisturbed twin of a run with slow steps.
+    """
 
     entry: Entry
     seed: int
+    calm: bool = False
+
+    @property
+    def name(self) -> str:
+        """Of the row, for displays."""
+        return f"{self.entry.name}{CALM}" if self.calm else self.entry.name
 
     @property
     def folder(self) -> str:
         """Within the comparison's."""
-        return f"runs/{self.entry.name}-seed{self.seed}"
+        return f"runs/{self.name}-seed{self.seed}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +123,8 @@ class ComparisonConfig:
                 raise ConfigError(f"{name!r} is compared twice; give one of them another name, as in deep={name}.")
             if not name.replace("-", "").replace("_", "").replace(".", "").isalnum() or name.startswith("."):
                 raise ConfigError(f"{name!r} cannot name a row: use letters, digits, '-', '_' and '.' only.")
+            if name.endswith(CALM):
+                raise ConfigError(f"{name!r} cannot name a row: {CALM!r} marks runs without slow steps.")
         for name in self.options:
             if name not in names:
                 raise ConfigError(
@@ -134,6 +150,8 @@ class ComparisonConfig:
         for seed in range(self.seeds):
             for entry in self.entries:
                 yield PlannedRun(entry=entry, seed=seed)
+                if self.shared.stragglers and not entry.baseline:
+                    yield PlannedRun(entry=entry, seed=seed, calm=True)
 
     def of(self, planned: PlannedRun, cuts: tuple[int, ...]) -> TrainConfig:
         """The configuration of a run with the shared cuts."""
@@ -141,6 +159,8 @@ class ComparisonConfig:
             self.shared, seed=planned.seed, display="quiet", partition=cuts, method="bp", options={}, queue=None
         )
         entry = planned.entry
+        if planned.calm:
+            shared = replace(shared, stragglers=())
         if entry.baseline:
             threads = self.shared.threads
             if entry.method == "one-process":

@@ -52,7 +52,7 @@ class JsonLines(ComparisonDisplay):
         self._print({"event": "cuts", "cuts": cuts, "method": method})
 
     def ran(self, planned: PlannedRun, numbers: RunNumbers | None, error: str | None, *, found: bool) -> None:
-        record = {"event": "run", "row": planned.entry.name, "seed": planned.seed, "folder": planned.folder}
+        record = {"event": "run", "row": planned.name, "seed": planned.seed, "folder": planned.folder}
         if numbers is not None:
             record |= {"test_accuracy": numbers.test_accuracy, "samples_per_s": numbers.samples_per_s}
         self._print({**record, "error": error, "found": found})
@@ -76,7 +76,7 @@ class TextLines(ComparisonDisplay):
     def begin(self, config: ComparisonConfig, path: Path) -> None:
         shared = config.shared
         self._total = len(list(config.runs()))
-        self._width = max(len(entry.name) for entry in config.entries)
+        self._width = max(len(planned.name) for planned in config.runs())
         self._seeds = config.seeds
         self._console.print(
             f"{shared.model} on {shared.data}, {plural(shared.stages, 'stage')}, {plural(shared.epochs, 'epoch')}: "
@@ -125,4 +125,4 @@ class TextLines(ComparisonDisplay):
 
     def _label(self, planned: PlannedRun) -> str:
         seed = f"  seed {planned.seed:<{len(str(self._seeds - 1))}}" if self._seeds > 1 else ""
-        return f"{planned.entry.name:<{self._width}}{seed}"
+        return f"{planned.name:<{self._width}}{seed}"

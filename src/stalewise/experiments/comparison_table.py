@@ -21,10 +21,13 @@ from stalewise.experiments.comparison import Entry, PlannedRun, Runner, machine
 from stalewise.experiments.environment import typed_command
 from stalewise.methods import DSP
 from stalewise.protocol.actions import Kind
+from stalewise.protocol.stragglers import Stragglers
+from stalewise.protocol.trace import KIND_CODES, Span
 from stalewise.report import RunFolder
 from stalewise.report.comparison_data import Comparison, Curve, RunLine, Spread, StageMemory, TableRow
-from stalewise.report.timeline import StageSpans
+from stalewise.report.timeline import StageSpans, Timeline
 from stalewise.report.wording import method_name
+from stalewise.timing.slow_steps import mean_slowing, mean_times, predicted_slow_down
 
 __all__ = ["RunNumbers", "Table", "default_target", "measure", "time_to"]
 
@@ -36,7 +39,12 @@ TARGET_SHARE = 0.95
 
 @dataclass(frozen=True, kw_only=True)
 class RunNumbers:
-    """What one run measured; see `TableRow` for the numbers. Per stage: staleness, utilisation, memory, difference."""
+    """What one run measured; see `TableRow` for the numbers. Per stage: staleness, utilisation, memory, difference.
+
+    Args:
+        updates: of each stage.
+        step_ns: what a step of each stage takes by kind of action, without waits; see `timing.slow_steps.mean_times`.
+    """
 
     test_accuracy: float | None
     best_accuracy: float | None
@@ -48,6 +56,8 @@ class RunNumbers:
     memory: tuple[Mapping[str, Any], ...]
     gradient_difference: tuple[float | None, ...]
     curve: Curve
+    updates: int
+    step_ns: Mapping[Kind, Sequence[int]]
 
 
 def measure(folder: Path) -> RunNumbers:
@@ -73,6 +83,8 @@ def measure(folder: Path) -> RunNumbers:
         staleness=tuple(map(realised_staleness, timeline.stages)) if timeline else (),
         memory=tuple(_stage_memory(run)),
         gradient_difference=_gradient_difference(folder / "metrics.jsonl"),
+        updates=(updates := len(timeline.stages[0].only(Kind.UPDATE)) if timeline else 0),
+        step_ns=_step_ns(timeline, updates) if timeline and updates else {},
         curve=Curve(
             epoch=tuple(point.epoch for point in run.epochs),
             time_s=tuple(point.time_s for point in run.epochs),
@@ -80,6 +92,18 @@ def measure(folder: Path) -> RunNumbers:
             accuracy=tuple(point.test_accuracy for point in run.epochs),
         ),
     )
+
+
+def _step_ns(timeline: Timeline, updates: int) -> dict[Kind, list[int]]:
+    """Over the middle of the run, where nothing fills or drains for the first time."""
+    spans = [
+        [
+            Span(own.stage, KIND_CODES[kind], -1, start, end)
+            for kind, start, end in zip(own.kind.tolist(), own.start_ns.tolist(), own.end_ns.tolist(), strict=True)
+        ]
+        for own in timeline.stages
+    ]
+    return mean_times(spans, [(updates // 4, max(updates // 4 + 1, 3 * updates // 4))])
 
 
 def _stage_memory(run: RunFolder) -> Iterator[Mapping[str, Any]]:
@@ -157,15 +181,29 @@ class Table:
             cuts=tuple(plan["cuts"]) if plan else None,
             target_accuracy=target,
             target_given=self._target is not None,
+            floor=self._floor(),
             machine=machine(),
             command=typed_command(),
         )
+
+    def _floor(self) -> float | None:
+        """Over the updates of the first run that is done."""
+        config = self._runner.config
+        stragglers, stages = Stragglers.of(config.shared.stragglers), config.shared.stages
+        for planned in config.runs():
+            _, numbers = self.look(planned)
+            if stragglers and not planned.entry.baseline and numbers is not None and numbers.updates:
+                return mean_slowing(stragglers, stages, 0, numbers.updates)
+        return None
 
     def _row(self, entry: Entry) -> TableRow:
         config = self._runner.config
         planned = [PlannedRun(entry=entry, seed=seed) for seed in range(config.seeds)]
         looks = [self.look(each) for each in planned]
         done = [numbers for _, numbers in looks if numbers is not None]
+        stragglers = Stragglers() if entry.baseline else Stragglers.of(config.shared.stragglers)
+        twins = [self.look(replace(each, calm=True)) for each in planned] if stragglers else []
+        pairs = [(slow, calm) for (_, slow), (_, calm) in zip(looks, twins, strict=False) if slow and calm]
         plan = _read(self._runner.path / "partition.json") or {}
         predicted = plan.get("predicted", {}).get(entry.name, {}).get("memory") or []
         memory = tuple(_memory(done, stage, predicted) for stage in range(_longest(run.memory for run in done)))
@@ -180,6 +218,17 @@ class Table:
             test_accuracy=Spread.of(run.test_accuracy for run in done),
             best_accuracy=Spread.of(run.best_accuracy for run in done),
             samples_per_s=Spread.of(run.samples_per_s for run in done),
+            calm_runs=tuple(line for line, _ in twins),
+            slow_down=Spread.of(
+                calm.samples_per_s / slow.samples_per_s - 1
+                for slow, calm in pairs
+                if slow.samples_per_s and calm.samples_per_s
+            ),
+            slow_down_model=Spread.of(
+                predicted_slow_down(method.program(), calm.step_ns, stragglers, calm.updates)
+                for _, calm in pairs
+                if calm.updates
+            ),
             epoch_s=Spread.of(run.epoch_s for run in done),
             memory=memory,
             memory_total=Spread.of(

@@ -56,6 +56,13 @@ def columns(comparison: Comparison) -> tuple[Column, ...]:
         Column(key="best_accuracy", head="Best accuracy", importance=6, cell=lambda row: _accuracy(row.best_accuracy)),
         Column(key="samples_per_s", head="Samples/s", importance=1, cell=lambda row: _spread(row.samples_per_s, count)),
         Column(key="speed_up", head="Speed-up over bp", importance=2, cell=lambda row: _spread(row.speed_up, _times)),
+        Column(
+            key="slow_down",
+            head="Slow-down" if comparison.floor is None else f"Slow-down (floor {percent(comparison.floor)})",
+            importance=2,
+            cell=lambda row: _share(row.slow_down),
+        ),
+        Column(key="slow_down_model", head="by the model", importance=3, cell=lambda row: _share(row.slow_down_model)),
         Column(key="epoch_s", head="Time per epoch", importance=5, cell=lambda row: _time(row.epoch_s)),
         Column(
             key="target_s",
@@ -118,6 +125,10 @@ def _spread(value: Spread | None, text: Callable[[float], str]) -> Cell:
 
 def _accuracy(value: Spread | None) -> Cell:
     return _spread(value, lambda fraction: percent(fraction, 2))
+
+
+def _share(value: Spread | None) -> Cell:
+    return _spread(value, percent)
 
 
 def _times(ratio: float) -> str:

@@ -132,6 +132,9 @@ class TableRow:
         samples_per_s: while training.
         epoch_s: seconds of training per epoch.
         speed_up: samples/s over the mean of backpropagation's.
+        calm_runs: without the slow steps of the comparison; none where it has no slow steps.
+        slow_down: how much longer the same samples take with the slow steps, as a share; per seed.
+        slow_down_model: the same by the analytic model, for the very same slow steps and the durations of calm ones.
         target_s: seconds until the target accuracy, of the runs that reached it.
         target_reached: how many did.
         memory: per stage.
@@ -157,6 +160,9 @@ class TableRow:
     samples_per_s: Spread | None = None
     epoch_s: Spread | None = None
     speed_up: Spread | None = None
+    calm_runs: tuple[RunLine, ...] = ()
+    slow_down: Spread | None = None
+    slow_down_model: Spread | None = None
     target_s: Spread | None = None
     target_reached: int = 0
     memory: tuple[StageMemory, ...] = ()
@@ -178,7 +184,7 @@ class TableRow:
     @property
     def failures(self) -> tuple[RunLine, ...]:
         """The runs that failed."""
-        return tuple(run for run in self.runs if run.state == "failed")
+        return tuple(run for run in (*self.runs, *self.calm_runs) if run.state == "failed")
 
     @property
     def realised_mean(self) -> Spread | None:
@@ -209,6 +215,8 @@ class TableRow:
                 "samples_per_s",
                 "epoch_s",
                 "speed_up",
+                "slow_down",
+                "slow_down_model",
                 "target_s",
                 "memory_total",
                 "resident_total",
@@ -250,6 +258,7 @@ class Comparison:
         cuts: first layers of stages 1 .. K-1; None where they are not known yet.
         target_accuracy: a fraction; None where no run has a result.
         target_given: whether the user chose it.
+        floor: mean slow-down of all steps where there are slow ones, which no method avoids; else None.
         machine: names and values: where the runs took place.
         command: by which the comparison was started.
     """
@@ -260,6 +269,7 @@ class Comparison:
     cuts: tuple[int, ...] | None = None
     target_accuracy: float | None = None
     target_given: bool = False
+    floor: float | None = None
     machine: Mapping[str, Any] = field(default_factory=dict)
     command: str = ""
 
@@ -268,6 +278,7 @@ class Comparison:
         return {
             "target_accuracy": self.target_accuracy,
             "target_given": self.target_given,
+            "floor": self.floor,
             "seeds": self.seeds,
             "cuts": None if self.cuts is None else list(self.cuts),
             "settings": dict(self.settings),

@@ -10,7 +10,9 @@ __all__ = ["TERMS", "key_numbers", "lead", "target_words", "warnings"]
 
 TERMS = (
     "Samples/s and time per epoch: while training, drains included, evaluations not. Speed-up: ratio of samples/s to "
-    "that of backpropagation over the same stages. Utilisation: part of the time in which a stage computes, in steady "
+    "that of backpropagation over the same stages. Slow-down: by how much longer the training takes with the slow "
+    "steps than without; floor: their mean over all steps, which no method avoids; the model has the durations of "
+    "the calm run and the same slow steps. Utilisation: part of the time in which a stage computes, in steady "
     "state. Staleness: batches by which the latest forward of a stage is ahead of a backward, mean over the whole run, "
     "warm-up and drains included. Gradient difference: norm of the difference to the gradient of backpropagation, over "
     "the norm of the latter, as measured last. Peak memory: tensors of a stage. Resident: the whole process, as the "
