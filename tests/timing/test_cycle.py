@@ -104,7 +104,7 @@ def test_slack_bears_the_delay_that_it_should(slack: int) -> None:
     beyond = timed(method, Links.equal(3, LinkCost(latency_ns=most + 1)))
     assert beyond.cycle().step_ns > 4 * F
     assert "wait for each other" in beyond.describe(beyond.cycle())
-    assert set(beyond.cycle().processors) > {0} or set(beyond.cycle().processors) == {1, 2}
+    assert len(set(beyond.cycle().processors)) > 1
 
 
 def test_updates_that_come_once_in_a_group_count_once() -> None:

@@ -1,4 +1,4 @@
-"""Random costs: their keys, their spells, and the slow-downs that they are known to cause."""
+"""Random costs: slow steps are those of the engines, and cause the slow-downs that they are known to cause."""
 
 from __future__ import annotations
 
@@ -6,31 +6,16 @@ import numpy as np
 import pytest
 
 from stalewise.errors import ConfigError
-from stalewise.methods import BP, DSP
-from stalewise.protocol.actions import Kind
-from stalewise.timing import StepCosts, TimedProgram
-from stalewise.timing.draws import by_update, draw_rows, slow_updates
+from stalewise.methods import BP, DSP, GPipe
+from stalewise.protocol.actions import COMPUTE, Kind
+from stalewise.protocol.stragglers import Straggler, Stragglers
+from stalewise.timing import StepCosts, simulate
+from stalewise.timing.draws import by_update, draw_rows
+from stalewise.timing.outcome import half_interval
+from stalewise.timing.slow_steps import replica_of, slow_steps
 
 NS = 1_000_000
-
-
-def test_draws_belong_to_stage_and_update() -> None:
-    few = slow_updates(2, 50, replicas=3, seed=5, probability=0.3)
-    more = slow_updates(4, 80, replicas=3, seed=5, probability=0.3)
-    np.testing.assert_array_equal(few, more[:2, :50])
-    assert (few[0] != few[1]).any()
-    assert (few != slow_updates(2, 50, replicas=3, seed=6, probability=0.3)).any()
-    only = slow_updates(4, 80, replicas=3, seed=5, probability=0.3, stages=(1, 3))
-    np.testing.assert_array_equal(only[[1, 3]], more[[1, 3]])
-    assert not only[[0, 2]].any()
-    assert 0.25 < slow_updates(1, 4000, replicas=4, seed=0, probability=0.3).mean() < 0.35
-
-
-def test_spells_last_and_join() -> None:
-    begins = slow_updates(1, 400, replicas=2, seed=1, probability=0.1)
-    spells = slow_updates(1, 400, replicas=2, seed=1, probability=0.1, duration=3)
-    for update in range(400):
-        np.testing.assert_array_equal(spells[0, update], begins[0, max(0, update - 2) : update + 1].any(axis=0))
+THIRD = 1 / 3
 
 
 def test_the_steps_of_the_warm_up_belong_to_the_first_update() -> None:
@@ -40,10 +25,27 @@ def test_the_steps_of_the_warm_up_belong_to_the_first_update() -> None:
     assert steps[1, :, 0].tolist() == [0, 1, 2, 3, 4, 5, 5, 5, 5]
 
 
-def test_rows_are_all_drawn() -> None:
-    rows = draw_rows(2, 500, 7, replicas=2, seed=0)
-    assert rows.shape == (2, 500, 2)
-    assert sorted(set(rows[0].ravel().tolist())) == list(range(7))
+def test_slow_steps_multiply_rows_that_were_drawn_before() -> None:
+    """In every replica, with its own draws; waits, loads and sends are as quick as ever."""
+    program = GPipe(2).program()
+    random = np.random.default_rng(0)
+    costs = StepCosts(tuple(random.integers(1, 99, (4, len(stage.slots))) for stage in program.stages))
+    before = draw_rows(2, 30, 4, replicas=3, seed=0)
+    assert sorted(set(before.ravel().tolist())) == [0, 1, 2, 3]
+    rules = Stragglers((Straggler(stages=(1,), probability=0.5, factor=3.0),))
+    table, blocks = slow_steps(costs, program, rules, 0, 30, replicas=3)
+    rows = 4 * by_update(program, blocks, 30) + before
+    assert len({tuple(blocks[1, :, replica]) for replica in range(3)}) == 3
+    computes = [np.array([slot.kind in COMPUTE for slot in stage.slots]) for stage in program.stages]
+    for replica in range(3):
+        drawn = replica_of(rules, replica)
+        for stage, step in np.ndindex(2, 30):
+            factor = 1 if drawn.slowing(stage, step) is None else 3
+            np.testing.assert_array_equal(
+                table.tables[stage][rows[stage, step, replica]],
+                costs.tables[stage][before[stage, step, replica]] * np.where(computes[stage], factor, 1),
+            )
+    assert replica_of(rules, 0) == rules
 
 
 @pytest.mark.parametrize(
@@ -62,29 +64,50 @@ def test_known_slow_downs(staleness: tuple[int, ...], factor: float, percent: fl
     """Each stage slowed in each step with probability 1/3, over a floor of 33.3 for a factor of 2."""
     program = DSP(staleness=staleness).program()
     costs = StepCosts.of_kinds(program, {Kind.FORWARD: NS, Kind.RECOMPUTE: NS, Kind.BACKWARD: 2 * NS})
-    calm = float(TimedProgram(program, costs).cycle().step_ns)
-    timed = TimedProgram(program, costs.slowed(factor))
-    slow = slow_updates(3, 1500, replicas=24, seed=0, probability=1 / 3)
-    step_ns = timed.run(1500, rows=by_update(program, slow.astype(np.int64), timed.num_steps(1500))).step_ns
-    assert 100 * (step_ns.mean() / calm - 1) == pytest.approx(percent, abs=1.0)
+    stragglers = Stragglers((Straggler(probability=THIRD, factor=factor),))
+    outcome = simulate(program, costs, num_batches=1500, stragglers=stragglers, replicas=16)
+    assert outcome.calm_step_ns == 4 * NS
+    assert 100 * outcome.slow_down == pytest.approx(percent, abs=1.0)
 
 
 def test_serial_backpropagation_slows_by_the_floor() -> None:
     program = BP(3).program()
-    costs = StepCosts.of_kinds(program, {Kind.FORWARD: NS, Kind.BACKWARD: 2 * NS}).slowed(2.0)
-    timed = TimedProgram(program, costs)
-    slow = slow_updates(3, 1000, replicas=8, seed=0, probability=1 / 3)
-    timetable = timed.run(1000, rows=by_update(program, slow.astype(np.int64), timed.num_steps(1000)))
+    costs = StepCosts.of_kinds(program, {Kind.FORWARD: NS, Kind.BACKWARD: 2 * NS})
+    stragglers = Stragglers((Straggler(probability=THIRD, factor=2.0),))
+    timetable = simulate(program, costs, num_batches=1000, stragglers=stragglers, replicas=4).timetable
     begin, end = timetable.window
-    mean = slow[:, begin + 1 : end + 1].mean(axis=(0, 1))
-    # The window begins and ends within a batch: the backwards of the first one's upper stages lie in it.
-    np.testing.assert_allclose(timetable.step_ns, 9 * NS * (1 + mean), rtol=2e-3)
+    for replica in range(4):
+        drawn = replica_of(stragglers, replica)
+        slow = [drawn.slowing(stage, step) is not None for stage in range(3) for step in range(begin + 1, end + 1)]
+        # The window begins and ends within a batch: the backwards of the first one's upper stages lie in it.
+        assert timetable.step_ns[replica] == pytest.approx(9 * NS * (1 + np.mean(slow)), rel=2e-3)
+    np.testing.assert_allclose(timetable.utilisation.sum(axis=0), 1.0, rtol=2e-3)
+
+
+def test_intervals_are_students() -> None:
+    """Quantiles of t for 1, 2, 4, 9, 30 degrees of freedom, from tables."""
+    for freedom, quantile in ((1, 12.706), (2, 4.303), (4, 2.776), (9, 2.262), (30, 2.042)):
+        values = np.zeros(freedom + 1)
+        values[0] = np.sqrt(freedom + 1)
+        # Variance 1, so the half interval is quantile / sqrt(n).
+        values = values / values.std(ddof=1)
+        assert half_interval(values) == pytest.approx(quantile / np.sqrt(freedom + 1), rel=2e-2)
+    assert half_interval(np.ones(1)) is None
+
+
+def test_resampled_steps_have_the_mean_of_their_rows() -> None:
+    program = DSP(staleness=(0,)).program()
+    places = [slot.kind for slot in program.stages[0].slots]
+    table = np.zeros((2, len(places)), np.int64)
+    table[:, places.index(Kind.FORWARD)] = 10, 30
+    outcome = simulate(program, StepCosts((table,)), num_batches=4000, replicas=4)
+    assert outcome.calm_step_ns == 20
+    assert outcome.step_s * 1e9 == pytest.approx(20, rel=0.02)
+    assert outcome.step_interval_s is not None
 
 
 def test_what_cannot_be_drawn_is_refused() -> None:
-    with pytest.raises(ConfigError, match="between 0 and 1"):
-        slow_updates(1, 5, replicas=1, seed=0, probability=1.5)
-    with pytest.raises(ConfigError, match="at least 1"):
-        slow_updates(1, 5, replicas=1, seed=0, probability=0.5, duration=0)
-    with pytest.raises(ConfigError, match="one row"):
-        StepCosts((np.ones((2, 3), np.int64),)).slowed(2.0)
+    program = DSP(staleness=(1, 0)).program()
+    rules = Stragglers((Straggler(stages=(2,), factor=2.0),))
+    with pytest.raises(ConfigError, match="stage 2"):
+        simulate(program, StepCosts.of_kinds(program, {}), num_batches=3, stragglers=rules)

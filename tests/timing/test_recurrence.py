@@ -158,7 +158,7 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ConfigError, match="whole number"):
         LinkCost(latency_ns=-1)
     with pytest.raises(ConfigError, match="maximum cycle mean needs constant costs"):
-        TimedProgram(program, costs.slowed(2.0)).cycle()
+        TimedProgram(program, StepCosts(tuple(np.tile(table, (2, 1)) for table in costs.tables))).cycle()
 
 
 def test_a_program_that_deadlocks_is_refused() -> None:

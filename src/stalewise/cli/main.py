@@ -12,6 +12,7 @@ from stalewise.cli.compare import compare
 from stalewise.cli.doctor import doctor
 from stalewise.cli.evaluate import evaluate
 from stalewise.cli.program import program
+from stalewise.cli.simulate import simulate
 from stalewise.cli.theory import theory
 from stalewise.cli.train import train
 from stalewise.errors import ConfigError, DataError, PlanError, StalewiseError, WorkerError
@@ -30,6 +31,7 @@ app.command()(train)
 app.command()(compare)
 app.command()(evaluate)
 app.command()(program)
+app.command()(simulate)
 app.command()(doctor)
 app.add_typer(theory, name="theory")
 

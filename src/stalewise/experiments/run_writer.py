@@ -24,8 +24,13 @@ from stalewise.protocol.trace import Trace
 __all__ = ["RunWriter", "prepare_run_folder"]
 
 
-def prepare_run_folder(path: Path, *, overwrite: bool) -> None:
+def prepare_run_folder(path: Path, *, overwrite: bool, mark: str = "config.json") -> None:
     """Make an empty folder at `path`.
+
+    Args:
+        path: where.
+        overwrite: delete what is there, if it holds `mark`.
+        mark: file by which a folder is known to be ours.
 
     Raises:
         ConfigError: where something is there already and `overwrite` is off, or the folder cannot be written.
@@ -37,9 +42,9 @@ def prepare_run_folder(path: Path, *, overwrite: bool) -> None:
                     f"{path} is not empty; a run keeps its folder to itself. Choose another --out, or give "
                     "--overwrite to delete what is there."
                 )
-            if not path.is_dir() or not (path / "config.json").is_file():
+            if not path.is_dir() or not (path / mark).is_file():
                 raise ConfigError(
-                    f"{path} is not the folder of a run (it has no config.json), so --overwrite does not delete it. "
+                    f"{path} is not such a folder (it has no {mark}), so --overwrite does not delete it. "
                     "Choose another --out, or delete it yourself."
                 )
             shutil.rmtree(path)

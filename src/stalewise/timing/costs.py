@@ -146,19 +146,6 @@ class StepCosts:
         """Of the longest table."""
         return max(map(len, self.tables))
 
-    def slowed(self, *factors: float) -> StepCosts:
-        """The same costs followed by multiples of them: row 0 as it was, row i everything times `factors[i - 1]`.
-
-        Raises:
-            ConfigError: where a factor is negative, or the costs have several rows already.
-        """
-        if self.num_rows != 1:
-            raise ConfigError(f"these costs have {self.num_rows} rows; only costs of one row can be slowed.")
-        if not all(0 <= factor < float("inf") for factor in factors):
-            raise ConfigError(f"the factors {factors} of slow steps must be finite and not negative.")
-        multiples = np.array([1.0, *factors])[:, None]
-        return StepCosts(tuple(np.rint(table * multiples).astype(np.int64) for table in self.tables))
-
     def mean(self) -> StepCosts:
         """One row: the mean of the rows of each table."""
         return StepCosts(tuple(np.rint(table.mean(axis=0, keepdims=True)).astype(np.int64) for table in self.tables))

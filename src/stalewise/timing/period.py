@@ -25,14 +25,15 @@ from stalewise.protocol.actions import Kind
 from stalewise.protocol.program import Program, Slot
 from stalewise.timing.costs import IntArray, LinkCost, Links, share
 
-__all__ = ["Period", "Processor", "Segment", "period_of"]
+__all__ = ["RECEIVES", "Period", "Processor", "Segment", "period_of"]
 
-_RECEIVES = {
+RECEIVES = {
     Kind.SEND_ACTIVATION: Kind.RECEIVE_ACTIVATION,
     Kind.SEND_GRADIENT: Kind.RECEIVE_GRADIENT,
     Kind.SEND_LOSS: Kind.RECEIVE_LOSS,
     Kind.SEND_TOKEN: Kind.RECEIVE_TOKEN,
 }
+"""What a message is received as."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +126,7 @@ def period_of(program: Program, links: Links) -> Period:
     receives: dict[Message, tuple[int, int]] = {}
     for index, stage in enumerate(program.stages):
         for place, slot in enumerate(stage.slots):
-            if slot.kind in _RECEIVES.values():
+            if slot.kind in RECEIVES.values():
                 message = (index, slot.kind, slot.micro_batch)
                 if message in receives:
                     raise ProgramError(f"V6: stage {index} receives {slot.kind.value} twice in a step.")
@@ -162,10 +163,10 @@ def _connect(
     by_link: dict[int, list[tuple[int, tuple[int, int], int]]] = {}
     costs: dict[int, LinkCost] = {}
     for place, slot in enumerate(program.stages[sender].slots):
-        if slot.kind not in _RECEIVES:
+        if slot.kind not in RECEIVES:
             continue
         peer = {Kind.SEND_ACTIVATION: sender + 1, Kind.SEND_TOKEN: 0}.get(slot.kind, sender - 1)
-        receive = receives.get((peer, _RECEIVES[slot.kind], slot.micro_batch))
+        receive = receives.get((peer, RECEIVES[slot.kind], slot.micro_batch))
         if receive is None or receive in sources:
             raise ProgramError(f"V6: nobody, or somebody else too, receives what slot {place} of stage {sender} sends.")
         if slot.kind is Kind.SEND_TOKEN:

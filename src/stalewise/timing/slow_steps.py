@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -14,7 +15,7 @@ from stalewise.timing.costs import StepCosts
 from stalewise.timing.draws import Rows, by_update
 from stalewise.timing.timetable import TimedProgram
 
-__all__ = ["mean_slowing", "mean_times", "predicted_slow_down", "slow_steps"]
+__all__ = ["mean_slowing", "mean_times", "predicted_slow_down", "replica_of", "slow_steps"]
 
 _TIMED = (*(kind for kind in Kind if kind in COMPUTE), Kind.LOAD, Kind.SEND_ACTIVATION, Kind.SEND_GRADIENT)
 
@@ -44,38 +45,52 @@ def mean_times(spans: Sequence[Sequence[Span]], windows: Sequence[tuple[int, int
 
 
 def slow_steps(
-    calm: StepCosts, program: Program, stragglers: Stragglers, first: int, end: int
+    calm: StepCosts, program: Program, stragglers: Stragglers, first: int, end: int, *, replicas: int = 1
 ) -> tuple[StepCosts, Rows]:
-    """Costs with a row for each way in which a step is slow, and which row each update takes.
+    """Costs with a block of rows for each way in which a step is slow, and which block each update takes.
 
     Args:
-        calm: one row.
+        calm: tables of equally many rows V, mostly one.
         program: whose costs they are.
         stragglers: of the run.
         first: first local update.
         end: the one after the last.
+        replicas: independent draws; see `replica_of`.
 
     Returns:
-        The costs, and rows [stages, updates, 1]; `timing.draws.by_update` makes local steps of updates.
+        The costs, in blocks of V rows: first as they are, then one way of being slow after another. And the block of
+        each update, [stages, updates, replicas]; `timing.draws.by_update` makes local steps of updates.
     """
     kinds: dict[Slowing | None, int] = {None: 0}
-    rows = np.zeros((program.num_stages, end - first, 1), np.int16)
-    for stage in range(program.num_stages):
-        for update in range(first, end):
-            slowing = stragglers.slowing(stage, update)
-            rows[stage, update - first] = kinds.setdefault(slowing, len(kinds))
+    blocks = np.zeros((program.num_stages, end - first, replicas), np.int32)
+    for replica in range(replicas):
+        drawn = replica_of(stragglers, replica)
+        for stage in range(program.num_stages):
+            for update in range(first, end):
+                slowing = drawn.slowing(stage, update)
+                blocks[stage, update - first, replica] = kinds.setdefault(slowing, len(kinds))
     tables = []
     for table, steps in zip(calm.tables, program.stages, strict=True):
         computes = np.array([slot.kind in COMPUTE for slot in steps.slots])
         ways = []
         for slowing in kinds:
-            way = table[0].copy()
+            way = table.copy()
             if slowing is not None:
-                way[computes] = np.rint(way[computes] * slowing.factor)
-                way[np.flatnonzero(computes)[0]] += round(slowing.pause_s * 1e9)
+                way[:, computes] = np.rint(way[:, computes] * slowing.factor)
+                way[:, np.flatnonzero(computes)[0]] += round(slowing.pause_s * 1e9)
             ways.append(way)
-        tables.append(np.stack(ways))
-    return StepCosts(tuple(tables)), rows
+        tables.append(np.concatenate(ways))
+    return StepCosts(tuple(tables)), blocks
+
+
+def replica_of(stragglers: Stragglers, replica: int) -> Stragglers:
+    """The same with other draws; replica 0 is what an engine meets.
+
+    Seeds move by their own spread, so that no rule of one replica draws what another rule of another one does.
+    """
+    seeds = [rule.seed for rule in stragglers.rules]
+    stride = max(seeds, default=0) - min(seeds, default=0) + 1
+    return Stragglers(tuple(replace(rule, seed=rule.seed + replica * stride) for rule in stragglers.rules))
 
 
 def mean_slowing(stragglers: Stragglers, num_stages: int, first: int, end: int) -> float:

@@ -104,11 +104,10 @@ class TimedProgram:
 
     def describe(self, cycle: Cycle) -> str:
         """Who sets the pace, in words."""
-        names = [self.period.processors[index].name for index in cycle.processors]
-        if cycle.is_one_processor:
-            return f"{names[0]}: its own work fills every step"
-        stages = list(dict.fromkeys(names))
-        return f"{', '.join(stages)} wait for each other (a cycle of {len(cycle.segments)} parts of steps)"
+        *others, last = [self.period.processors[index].name for index in sorted(set(cycle.processors))]
+        if not others:
+            return f"{last}: its own work fills every step"
+        return f"{', '.join(others)} and {last} wait for each other in a cycle"
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,13 +147,13 @@ class Timetable:
 
     @cached_property
     def step_ns(self) -> FloatArray:
-        """[replicas], mean time of a local step of the last stage in the window; NaN for a single batch.
+        """[replicas], mean time of a local step of the last stage in the window; of a single batch, its whole time.
 
         The last stage neither runs ahead nor drains, and in the long run all stages have one pace.
         """
         begin, end = self.window
         if begin == end:
-            return np.full(self.replicas, np.nan)
+            return self.total_ns.astype(np.float64)
         return np.asarray((self.step_ends[-1, end] - self.step_ends[-1, begin]) / (end - begin), np.float64)
 
     @property
@@ -166,9 +165,11 @@ class Timetable:
             group = steps.policy.accumulate
             weights = [(slot.kind in COMPUTE) / (group if slot.kind is Kind.UPDATE else 1) for slot in steps.slots]
             compute = table @ np.array(weights)
-            drawn = compute[:1, None] if self.rows is None else compute[self.rows[stage, begin + 1 : end + 1]]
+            chosen = slice(min(begin + 1, end), end + 1)
+            drawn = compute[:1, None] if self.rows is None else compute[self.rows[stage, chosen]]
             busy[stage] = drawn.mean(axis=0)
-        return np.asarray(busy / self.step_ns, np.float64)
+        with np.errstate(invalid="ignore"):
+            return np.asarray(busy / self.step_ns, np.float64)
 
     def traces(self, replica: int = 0) -> list[Trace]:
         """The records that a run with these times would leave, one trace per stage.
