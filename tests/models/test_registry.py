@@ -92,7 +92,7 @@ def test_unknown_names_get_the_nearest(name: str, nearest: str) -> None:
 
 def test_a_name_like_no_other_gets_the_list() -> None:
     with pytest.raises(ConfigError, match="Try one of resnet8, "):
-        build_model("vgg", num_classes=10)
+        build_model("qqq", num_classes=10)
 
 
 def test_a_depth_beyond_reason_builds_nothing() -> None:

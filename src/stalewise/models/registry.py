@@ -4,6 +4,10 @@
     resnet<6n+2>        basic ResNet, except that
     resnet164           and resnet1001 are the pre-activation bottleneck networks known by these names
     preresnet<9n+2>     pre-activation bottleneck ResNet
+    vgg<depth>          VGG-11, 13, 16, 19 with BatchNorm
+    wrn<6n+4>-<k>       wide ResNet, such as wrn28-10
+    resnext<9n+2>-<C>x<d>d      such as resnext29-8x64d
+    imagenet-resnet<depth>      the ImageNet ResNets of depth 18, 34, 50, 101, 152
     module:function     what `function` of `module` returns
 
 Where 6n + 2 and 9n + 2 are both possible, as for 20 and 56, `resnet` is the basic one.
@@ -23,17 +27,29 @@ from typing import Any
 from torch import nn
 
 from stalewise.errors import ConfigError
+from stalewise.models.imagenet_resnet import imagenet_resnet
 from stalewise.models.resnet import basic_resnet, preact_bottleneck_resnet
+from stalewise.models.resnext import resnext
+from stalewise.models.vgg import vgg
+from stalewise.models.wide_resnet import wide_resnet
 
 __all__ = ["available_models", "build_model"]
 
 _COMMON = (
     *(f"resnet{depth}" for depth in (8, 14, 20, 32, 44, 56, 98, 110, 164, 1001)),
     *(f"preresnet{depth}" for depth in (11, 29, 56, 110, 164, 1001)),
+    *(f"vgg{depth}" for depth in (11, 13, 16, 19)),
+    *("wrn16-4", "wrn28-10", "wrn40-4", "resnext29-8x64d", "resnext29-16x64d"),
+    *(f"imagenet-resnet{depth}" for depth in (18, 34, 50, 101, 152)),
 )
 _BOTTLENECK_DEPTHS = (164, 1001)
 # Four digits: above any depth that trains, and low enough that a slip of the hand does not fill the memory.
-_RESNET = re.compile(r"(pre)?resnet([1-9][0-9]{0,3})")
+_NUMBER = "([1-9][0-9]{0,3})"
+_RESNET = re.compile(f"(pre)?resnet{_NUMBER}")
+_VGG = re.compile(f"vgg{_NUMBER}")
+_WRN = re.compile(f"wrn{_NUMBER}-{_NUMBER}")
+_RESNEXT = re.compile(f"resnext{_NUMBER}-{_NUMBER}x{_NUMBER}d")
+_IMAGENET = re.compile(f"imagenet-resnet{_NUMBER}")
 
 
 def available_models() -> list[str]:
@@ -48,7 +64,7 @@ def build_model(name: str, *, num_classes: int, in_channels: int = 3) -> nn.Sequ
     because worker processes import the same module again. What the function itself raises is passed on.
 
     Args:
-        name: `resnet<depth>`, `preresnet<depth>` or `module:function`.
+        name: as in the table of this module.
         num_classes: number of logits; passed to a user's function if it takes an argument of that name.
         in_channels: channels of the images; passed likewise.
 
@@ -64,20 +80,31 @@ def build_model(name: str, *, num_classes: int, in_channels: int = 3) -> nn.Sequ
             raise ConfigError(f"{argument} is {value!r}; it is a count, so give an integer >= 1.")
     if ":" in name:
         return _build_users_model(name, {"num_classes": num_classes, "in_channels": in_channels})
-    match = _RESNET.fullmatch(name)
-    if match is None:
-        raise ConfigError(_unknown_model(name))
-    depth = int(match[2])
-    if match[1] or depth in _BOTTLENECK_DEPTHS:
-        return preact_bottleneck_resnet(depth, num_classes=num_classes, in_channels=in_channels)
-    return basic_resnet(depth, num_classes=num_classes, in_channels=in_channels)
+    if match := _RESNET.fullmatch(name):
+        depth = int(match[2])
+        if match[1] or depth in _BOTTLENECK_DEPTHS:
+            return preact_bottleneck_resnet(depth, num_classes=num_classes, in_channels=in_channels)
+        return basic_resnet(depth, num_classes=num_classes, in_channels=in_channels)
+    if match := _VGG.fullmatch(name):
+        return vgg(int(match[1]), num_classes=num_classes, in_channels=in_channels)
+    if match := _WRN.fullmatch(name):
+        return wide_resnet(int(match[1]), int(match[2]), num_classes=num_classes, in_channels=in_channels)
+    if match := _RESNEXT.fullmatch(name):
+        depth, cardinality, width = map(int, match.groups())
+        return resnext(
+            depth, cardinality=cardinality, base_width=width, num_classes=num_classes, in_channels=in_channels
+        )
+    if match := _IMAGENET.fullmatch(name):
+        return imagenet_resnet(int(match[1]), num_classes=num_classes, in_channels=in_channels)
+    raise ConfigError(_unknown_model(name))
 
 
 def _unknown_model(name: str) -> str:
     nearest = difflib.get_close_matches(name.lower(), _COMMON, n=1, cutoff=0.5)
+    repair = f"Did you mean {nearest[0]!r}?" if nearest else f"Try one of {', '.join(_COMMON)}."
     return (
-        f"there is no model named {name!r}; a model is resnet<6n+2>, preresnet<9n+2>, or your own as "
-        "module:function. " + (f"Did you mean {nearest[0]!r}?" if nearest else f"Try one of {', '.join(_COMMON)}.")
+        f"there is no model named {name!r}; a model is resnet<6n+2>, preresnet<9n+2>, vgg<depth>, wrn<6n+4>-<k>, "
+        f"resnext<9n+2>-<C>x<d>d, imagenet-resnet<depth>, or your own as module:function. {repair}"
     )
 
 

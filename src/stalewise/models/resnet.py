@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stalewise.errors import ConfigError
+from stalewise.models.initialise import he_initialised
 
 __all__ = [
     "BasicBlock",
@@ -200,7 +201,7 @@ def basic_resnet(depth: int, *, num_classes: int, in_channels: int = 3) -> nn.Se
         stride = 1 if width == _BASIC_WIDTHS[0] else 2
         entries.append(BasicBlock(width_before, width, stride))
         entries += [BasicBlock(width, width) for _ in range(blocks_per_width - 1)]
-    return _initialised(nn.Sequential(*entries, Head(_BASIC_WIDTHS[-1], num_classes)))
+    return he_initialised(nn.Sequential(*entries, Head(_BASIC_WIDTHS[-1], num_classes)))
 
 
 def preact_bottleneck_resnet(depth: int, *, num_classes: int, in_channels: int = 3) -> nn.Sequential:
@@ -223,7 +224,7 @@ def preact_bottleneck_resnet(depth: int, *, num_classes: int, in_channels: int =
         stride = 1 if width == _BOTTLENECK_WIDTHS[0] else 2
         entries.append(PreactBottleneck(width_before, width, stride))
         entries += [PreactBottleneck(width, width) for _ in range(blocks_per_width - 1)]
-    return _initialised(nn.Sequential(*entries, PreactHead(_BOTTLENECK_WIDTHS[-1], num_classes)))
+    return he_initialised(nn.Sequential(*entries, PreactHead(_BOTTLENECK_WIDTHS[-1], num_classes)))
 
 
 def _blocks_per_width(depth: int, *, layers_per_block: int) -> int:
@@ -243,13 +244,3 @@ def _blocks_per_width(depth: int, *, layers_per_block: int) -> int:
 
 def _conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(in_channels, out_channels, kernel_size=3, stride=stride, padding=1, bias=False)
-
-
-def _initialised(model: nn.Sequential) -> nn.Sequential:
-    """`model` with the authors' initial weights: normal with variance 2 / fan-out, BatchNorm 1 and 0."""
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        elif isinstance(module, nn.Linear):
-            nn.init.zeros_(module.bias)
-    return model
