@@ -1,0 +1,27 @@
+"""Every row of the table in docs/theory.md is a row of the file that the command wrote, and the words fit the numbers."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_exponents_are_those_of_the_file() -> None:
+    text = (ROOT / "docs" / "theory.md").read_text(encoding="utf-8")
+    with (ROOT / "experiments" / "results" / "theory-rates.csv").open(encoding="utf-8") as file:
+        rows = list(csv.reader(file))
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    printed = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert printed == rows
+    for values in (dict(zip(rows[0], row, strict=True)) for row in rows[1:]):
+        high, predicted = float(values["high"]), float(values["predicted"])
+        if values["step sizes"] == "diminishing":
+            assert high < predicted
+        else:
+            assert float(values["noiseless"]) <= 0.2
+            reached = float(values["low"]) <= predicted
+            short = values["staleness"] == "(0,0)" and values["optimizer"] != "SGD"
+            assert reached != short
+            assert float(values["exponent"]) <= predicted + 0.0071
