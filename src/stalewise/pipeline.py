@@ -33,7 +33,7 @@ from stalewise.methods import Method
 from stalewise.plan.memory import StageMemory
 from stalewise.plan.partition import LayerCost, Partition, check_cuts, fixed_partition
 from stalewise.plan.planner import Plan, plan_stages
-from stalewise.planning import measure, optimizer_copies, parse_bytes
+from stalewise.planning import measure, optimizer_copies, parse_bytes, share_batch
 from stalewise.protocol.stragglers import Straggler, Stragglers
 from stalewise.protocol.trace import Trace
 from stalewise.runtime.distributed import DistributedEngine
@@ -320,15 +320,15 @@ class Pipeline:
             iterator = iterate(batches)
             first = list(itertools.islice(iterator, 1))
             batches = itertools.chain(first, iterator)
-        measured = measure(
-            self._chain,
-            first,
-            self._loss_fn,
-            device=self._device,
-            job=self._job,
-            num_stages=self.method.num_stages,
-        )
-        if measured is not None:
+        for batch in share_batch(first, self._job):
+            measured = measure(
+                self._chain,
+                batch,
+                self._loss_fn,
+                device=self._device,
+                job=self._job,
+                num_stages=self.method.num_stages,
+            )
             counts_memory = self._memory_limit is not None or not self.method.is_decided
             self.plan = plan_stages(
                 measured.layers,

@@ -28,7 +28,7 @@ from stalewise.plan.profile import profile_layers
 from stalewise.runtime.exchange import all_gather_json, broadcast_json, broadcast_tensors
 from stalewise.runtime.job import Job
 
-__all__ = ["Measured", "measure", "optimizer_copies", "parse_bytes"]
+__all__ = ["Measured", "measure", "optimizer_copies", "parse_bytes", "share_batch"]
 
 SAME_SPEED = 0.15
 """Devices whose times differ by less count as equally fast: so much may be noise."""
@@ -57,39 +57,48 @@ class Measured:
         return BatchBytes(inputs=self.inputs, targets=self.targets, optimizer_copies=optimizer_copies)
 
 
+def share_batch(first: Sequence[Any], job: Job | None) -> list[Any]:
+    """The first batch of rank 0 on every rank, or nothing where there is none; collective in a job.
+
+    Raises:
+        ConfigError: where the batch is not valid.
+    """
+    for batch in first:
+        check_batch(batch)
+    if job is None:
+        return list(first)
+    described, tensors = None, None
+    if job.rank == 0:
+        leaves, described = flatten(list(first), "a batch")
+        tensors = {str(index): leaf.cpu() for index, leaf in enumerate(leaves)}
+    structure = broadcast_json(described, 0, job.group)
+    received = broadcast_tensors(tensors, 0, job.group)
+    return list(first) if job.rank == 0 else list(unflatten(structure, list(received.values())))
+
+
 def measure(
     chain: Chain,
-    first: Sequence[Any],
+    batch: Any,
     loss_fn: LossFunction,
     *,
     device: torch.device,
     job: Job | None,
     num_stages: int,
-) -> Measured | None:
-    """Profile every layer with the first batch; collective in a job.
+) -> Measured:
+    """Profile every layer with a batch; collective in a job.
 
     Args:
         chain: the model.
-        first: the first batch, or nothing where there is none; of rank 0.
+        batch: (inputs, targets), the same on all ranks.
         loss_fn: see `Pipeline`.
         device: of this rank.
         job: of the ranks; None: one process.
         num_stages: K.
 
-    Returns:
-        None where there is no batch.
-
     Raises:
-        ConfigError: where the batch is not valid.
         PlanError: where a layer cannot be timed.
     """
-    for batch in first:
-        check_batch(batch)
-    if job is not None:
-        first = _share(first, job)
-    if not first:
-        return None
-    inputs, targets = first[0]
+    inputs, targets = batch
     own = profile_layers(chain.layers, inputs, targets, loss_fn, device=device, names=chain.names)
     measured = [own]
     if job is not None:
@@ -141,18 +150,6 @@ def parse_bytes(value: int | str) -> int:
     if match is None or not (size := round(float(match[1]) * _UNITS[match[2]])):
         raise ConfigError(f'memory_limit is {value!r}; give bytes, such as 2000000, "500MB" or "2GiB".')
     return size
-
-
-def _share(first: Sequence[Any], job: Job) -> list[Any]:
-    """The batch of rank 0, on every rank."""
-    described, tensors = None, None
-    if job.rank == 0:
-        leaves, structure = flatten(list(first), "a batch")
-        described, tensors = structure, {str(index): leaf.cpu() for index, leaf in enumerate(leaves)}
-    structure = broadcast_json(described, 0, job.group)
-    received = broadcast_tensors(tensors, 0, job.group)
-    shared = unflatten(structure, list(received.values()))
-    return list(first) if job.rank == 0 else list(shared)
 
 
 def _middle(same: Sequence[LayerCost]) -> LayerCost:

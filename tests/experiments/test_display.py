@@ -79,5 +79,5 @@ def test_quiet_shows_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         display.begin(TrainConfig(epochs=2), 23, 1437)
         display.show({"event": "batch", "loss": 1.0, "lr": 0.1, "batch": 0, "epoch": 1}, [])
         display.end({})
-        display.finished(tmp_path)
+        display.finished(tmp_path, {})
     assert capsys.readouterr().out == ""

@@ -11,6 +11,7 @@ from stalewise._version import __version__
 from stalewise.cli.compare import compare
 from stalewise.cli.doctor import doctor
 from stalewise.cli.evaluate import evaluate
+from stalewise.cli.plan import plan
 from stalewise.cli.program import program
 from stalewise.cli.simulate import simulate
 from stalewise.cli.theory import theory
@@ -30,6 +31,7 @@ app = typer.Typer(
 app.command()(train)
 app.command()(compare)
 app.command()(evaluate)
+app.command()(plan)
 app.command()(program)
 app.command()(simulate)
 app.command()(doctor)

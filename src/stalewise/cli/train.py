@@ -50,6 +50,10 @@ def train(
         str,
         typer.Option(help="profile: measure and cut evenly; or the first layers of stages 1.., such as 4,8."),
     ] = "profile",
+    memory_limit: Annotated[
+        Text,
+        typer.Option(help="That a stage may hold, such as 2GiB; with --option activations=auto it may store graphs."),
+    ] = None,
     engine: Annotated[
         str, typer.Option(help="distributed: a process per stage; sequential: one process, the same numbers.")
     ] = "distributed",
@@ -103,6 +107,7 @@ def train(
         lr_schedule=lr_schedule,
         clip_grad_norm=clip_grad_norm,
         partition=cuts or "profile",
+        memory_limit=memory_limit,
         engine=engine,
         device=device,
         threads=threads,

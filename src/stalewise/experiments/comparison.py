@@ -17,14 +17,12 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from stalewise._version import __version__
-from stalewise.data import Batches, load_data
 from stalewise.errors import ConfigError, DataError, PlanError, StalewiseError, WorkerError
 from stalewise.experiments.config import TrainConfig
 from stalewise.experiments.cuts import plan_cuts
@@ -240,7 +238,8 @@ class Runner:
             write_json(shared, asdict(self.config.shared))
             rows = {entry.name: asdict(entry) for entry in self.config.entries if not entry.baseline}
             try:
-                launch(_plan_worker, num_workers=1, args=[str(self.path), rows])
+                processes = 1 if self.config.shared.engine == "sequential" else self.config.shared.stages
+                launch(_plan_worker, num_workers=processes, args=[str(self.path), rows])
             finally:
                 shared.unlink()
         plan: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
@@ -293,26 +292,11 @@ def _run_worker(folder: str) -> None:
 def _plan_worker(folder: str, rows: Mapping[str, Mapping[str, Any]]) -> None:
     path = Path(folder)
     shared = TrainConfig.read(path / ".shared.json")
-    data = load_data(
-        shared.data,
-        data_dir=None if shared.data_dir is None else Path(shared.data_dir),
-        train_limit=shared.train_limit,
-        test_limit=shared.test_limit,
-    )
-    batches = Batches(
-        data.train,
-        data.mean,
-        data.std,
-        batch_size=shared.batch_size,
-        seed=shared.seed,
-        epoch=0,
-        shuffle=True,
-        augment=shared.augment,
-    )
     config = ComparisonConfig(methods=["bp"], shared=shared, options={}, baselines=())
     methods = {name: config.of(PlannedRun(entry=Entry(**row), seed=0), ()).build_method() for name, row in rows.items()}
-    (batch,) = islice(batches, 1)
-    write_json(path / "partition.json", plan_cuts(shared, methods, batch, data.num_classes))
+    planned = plan_cuts(shared, methods)
+    if int(os.environ.get("RANK", 0)) == 0:
+        write_json(path / "partition.json", planned)
 
 
 def _open(path: Path, wanted: dict[str, Any], *, overwrite: bool) -> None:

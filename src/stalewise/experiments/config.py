@@ -42,6 +42,7 @@ class TrainConfig:
         lr_milestones: for "step": fractions of the run after which the rate falls to a tenth.
         clip_grad_norm: per stage, or None.
         partition: "profile", or cuts.
+        memory_limit: that a stage may hold, such as "2GiB", or None; needs partition="profile".
         engine: "distributed" or "sequential".
         device: "auto" or a torch device.
         threads: intra-op threads per stage; None: cores over stages.
@@ -80,6 +81,7 @@ class TrainConfig:
     lr_milestones: tuple[float, ...] = (0.5, 0.75)
     clip_grad_norm: float | None = None
     partition: str | tuple[int, ...] = "profile"
+    memory_limit: str | None = None
     engine: str = "distributed"
     device: str = "auto"
     threads: int | None = None

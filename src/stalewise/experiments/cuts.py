@@ -16,28 +16,31 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch.nn.functional import cross_entropy
 
+from stalewise.arguments import resolve_device
+from stalewise.engine.split import Chain
 from stalewise.errors import PlanError
 from stalewise.experiments.config import TrainConfig
+from stalewise.experiments.profiling import first_batch
 from stalewise.experiments.run_model import build_run_model
-from stalewise.experiments.training import accuracy, default_threads
+from stalewise.experiments.training import default_threads
 from stalewise.methods import BP, Method
-from stalewise.pipeline import Pipeline
 from stalewise.plan.memory import predict_memory
 from stalewise.plan.partition import LayerCost, Partition, fixed_partition, partition
+from stalewise.planning import measure, share_batch
+from stalewise.runtime.exchange import broadcast_json
+from stalewise.runtime.job import Job, current_job, in_launched_job
 
 __all__ = ["common_cuts", "plan_cuts"]
 
 
-def plan_cuts(config: TrainConfig, methods: Mapping[str, Method], batch: Any, num_classes: int) -> dict[str, Any]:
-    """Profile the model once, choose cuts, and predict what each method needs with them.
+def plan_cuts(config: TrainConfig, methods: Mapping[str, Method]) -> dict[str, Any]:
+    """Profile the model once, choose cuts, and predict what each method needs with them; collective in a job.
 
     Args:
         config: what all runs share; its partition is "profile" or the cuts.
         methods: by the names of their rows.
-        batch: one of the training set.
-        num_classes: of the data.
 
     Returns:
         JSON values: `cuts`, `layers` and `stages` as in partition.json of a run, `method` ("profile" or "fixed"), and
@@ -46,10 +49,13 @@ def plan_cuts(config: TrainConfig, methods: Mapping[str, Method], batch: Any, nu
     Raises:
         PlanError: where the model cannot be cut so.
     """
-    torch.set_num_threads(config.threads or default_threads(config))
     layers: Sequence[LayerCost] = ()
+    job = current_job() if in_launched_job() and config.engine == "distributed" else None
+    torch.set_num_threads(config.threads or default_threads(config))
+    first, num_classes = first_batch(config) if job is None or job.rank == 0 else ([], 0)
+    (batch,) = share_batch(first, job)
     try:
-        layers = _profile(config, batch, num_classes)
+        layers = _profile(config, batch, num_classes, job)
     except PlanError:
         # A layer that cannot be timed by itself; with given cuts that costs the predictions alone.
         if config.partition == "profile":
@@ -81,20 +87,13 @@ def plan_cuts(config: TrainConfig, methods: Mapping[str, Method], batch: Any, nu
     }
 
 
-def _profile(config: TrainConfig, batch: Any, num_classes: int) -> Sequence[LayerCost]:
-    """The layers with what was measured of them."""
-    pipeline = Pipeline(
-        build_run_model(config, num_classes=num_classes),
-        method=BP(config.stages),
-        loss_fn=nn.functional.cross_entropy,
-        optimizer=lambda params: torch.optim.SGD(params, lr=config.lr),
-        engine="sequential",
-        device=config.device,
-        verbose=False,
-    )
-    pipeline.evaluate([batch], accuracy)
-    assert pipeline.partition is not None
-    return pipeline.partition.layers
+def _profile(config: TrainConfig, batch: Any, num_classes: int, job: Job | None) -> Sequence[LayerCost]:
+    """The layers with what was measured of them, by all ranks at the same time."""
+    device = resolve_device(config.device, job)
+    if job is not None:
+        num_classes = broadcast_json(num_classes, 0, job.group)
+    chain = Chain(build_run_model(config, num_classes=num_classes)).built()
+    return measure(chain, batch, cross_entropy, device=device, job=job, num_stages=config.stages).layers
 
 
 def common_cuts(best: Mapping[str, Partition]) -> tuple[int, ...]:

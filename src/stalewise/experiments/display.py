@@ -60,8 +60,8 @@ class Display:
     def end(self, summary: dict[str, Any]) -> None:
         """The training is over."""
 
-    def finished(self, path: Path) -> None:
-        """The run folder is complete."""
+    def finished(self, path: Path, summary: dict[str, Any]) -> None:
+        """The run folder is complete; the summary now holds the times of steps."""
 
 
 class JsonDisplay(Display):
@@ -79,8 +79,9 @@ class JsonDisplay(Display):
     def end(self, summary: dict[str, Any]) -> None:
         self._print({"event": "end", **summary})
 
-    def finished(self, path: Path) -> None:
-        self._print({"event": "finished", "folder": str(path)})
+    def finished(self, path: Path, summary: dict[str, Any]) -> None:
+        steps = {name: summary.get(name) for name in ("predicted_step_s", "measured_step_s")}
+        self._print({"event": "finished", "folder": str(path), **steps})
 
     def _print(self, record: dict[str, Any]) -> None:
         print(json.dumps(record), flush=True)
@@ -110,7 +111,13 @@ class PlainDisplay(Display):
     def end(self, summary: dict[str, Any]) -> None:
         self._console.print(summary_line(summary))
 
-    def finished(self, path: Path) -> None:
+    def finished(self, path: Path, summary: dict[str, Any]) -> None:
+        predicted, measured = summary.get("predicted_step_s"), summary.get("measured_step_s")
+        if predicted and measured:
+            self._console.print(
+                f"step: {1e3 * measured:.1f} ms measured, {1e3 * predicted:.1f} ms predicted "
+                f"({predicted / measured - 1:+.0%})"
+            )
         self._console.print(f"report: {path / 'report.html'}")
 
 

@@ -22,6 +22,7 @@ from stalewise.experiments.display import Display, make_display
 from stalewise.experiments.environment import describe_environment, typed_command
 from stalewise.experiments.optimizers import optimizer_recipe, schedule_recipe
 from stalewise.experiments.run_model import build_run_model
+from stalewise.experiments.run_plan import predict_step
 from stalewise.experiments.run_writer import RunWriter, write_json, write_timeline
 from stalewise.pipeline import Pipeline
 from stalewise.protocol.actions import Kind
@@ -31,6 +32,9 @@ from stalewise.runtime.job import in_launched_job
 from stalewise.runtime.launch import launch
 
 __all__ = ["accuracy", "run", "train_worker"]
+
+STEADY_STEPS = 200
+"""From the middle of the run, over which a step is timed."""
 
 MAX_TRACE_RECORDS = 500_000
 """Actions in `trace.json`, about 160 bytes each; of a longer run it holds so many from the middle."""
@@ -82,6 +86,7 @@ def train_worker(folder: str, command: str) -> None:
         optimizer=optimizer_recipe(config),
         lr_scheduler=schedule_recipe(config, num_updates=config.epochs * num_batches),
         partition=config.partition if isinstance(config.partition, tuple) else "profile",
+        memory_limit=config.memory_limit,
         engine="sequential" if config.engine == "sequential" else "auto",
         device=config.device,
         seed=config.seed,
@@ -269,18 +274,27 @@ def _usage(config: TrainConfig, pipeline: Pipeline) -> dict[str, Any]:
     return usage
 
 
+def _step_times(pipeline: Pipeline, timeline: Timeline) -> dict[str, float | None]:
+    """Of the steady state, in seconds: as measured, and as the plan predicted where there was one."""
+    predicted = None if pipeline.plan is None else predict_step(pipeline.plan)[0]
+    window = timeline.window(STEADY_STEPS)
+    measured = timeline.usage(window).step_s if window.steady else None
+    return {"predicted_step_s": predicted, "measured_step_s": measured}
+
+
 def _finish(path: Path, pipeline: Pipeline, display: Display | None, summary: dict[str, Any]) -> None:
     """Rank 0 leaves the model, the timeline of all ranks, and what is made for people."""
     traces, state = pipeline.traces(), pipeline.state_dict()
     if display is None:
         return
     write_timeline(path, traces)
+    timeline = Timeline.from_traces(traces)
+    summary = {**summary, **_step_times(pipeline, timeline)}
     write_json(path / "summary.json", summary)
     save_file({name: value.contiguous() for name, value in state.items()}, path / "model.safetensors")
-    timeline = Timeline.from_traces(traces)
     records = sum(map(len, traces))
     steps = sum(span.kind is Kind.UPDATE for span in traces[0])
     window = timeline.window(steps * MAX_TRACE_RECORDS // records) if records > MAX_TRACE_RECORDS else None
     write_chrome_trace(timeline, path / "trace.json", window=window)
     write_report(path)
-    display.finished(path)
+    display.finished(path, summary)

@@ -86,7 +86,23 @@ def findings(run: RunFolder, usage: Usage | None) -> tuple[Finding, ...]:
     if usage is not None and len(usage.stages) > 1:
         found.append(_speed(run, usage))
         found.extend(_side_issues(run, usage, told=found[-1]))
+    if (surprise := _prediction(run)) is not None:
+        found.append(surprise)
     return tuple(found)
+
+
+def _prediction(run: RunFolder) -> Finding | None:
+    """What the plan promised, where it did not come true."""
+    predicted, measured = run.summary.number("predicted_step_s"), run.summary.number("measured_step_s")
+    if not predicted or not measured or abs(measured / predicted - 1) < _NOTABLE:
+        return None
+    longer = measured > predicted
+    return Finding(
+        title=f"a step took {'longer' if longer else 'less'} than predicted",
+        detail=f"{duration(measured)} measured, {duration(predicted)} predicted",
+        advice="Something else used the machine in the run, or while the layers were profiled. If it stays so, plan "
+        "again for the measured speeds with stalewise plan --from and the run folder.",
+    )
 
 
 def _diverged(run: RunFolder) -> Finding | None:
