@@ -13,7 +13,7 @@ from stalewise.errors import ConfigError, DataError
 
 
 def test_the_names() -> None:
-    assert DATA_NAMES == ("digits", "cifar10", "cifar100")
+    assert DATA_NAMES == ("digits", "cifar10", "cifar100", "imagenet")
 
 
 def test_limits_and_flip() -> None:

@@ -24,7 +24,7 @@ _MODELS = f"{', '.join(available_models()[:6])}, .. or module:function of your o
 def train(
     model: Annotated[str, typer.Option(help=_MODELS)] = "resnet20",
     data: Annotated[
-        str, typer.Option(help="digits, cifar10, cifar100, or the path of an image folder or parquet files.")
+        str, typer.Option(help="digits, cifar10, cifar100, imagenet, or the path of images or parquet files.")
     ] = "digits",
     data_dir: Annotated[Text, typer.Option(help="Where the files of cifar10 or cifar100 are; else downloaded.")] = None,
     stages: Annotated[int, typer.Option(help="Stages that the model is cut into, a process each.")] = 3,

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from stalewise.data.augment import augment, normalise
-from stalewise.data.dataset import ImageDataset
+from stalewise.data.augment import normalise
 from stalewise.data.keyed import Stream, keyed_bits
+from stalewise.data.samples import Samples
 from stalewise.errors import ConfigError
 
 __all__ = ["Batches"]
@@ -49,7 +49,7 @@ class Batches:
 
     def __init__(
         self,
-        dataset: ImageDataset,
+        dataset: Samples,
         mean: Sequence[float],
         std: Sequence[float],
         *,
@@ -126,7 +126,7 @@ class _Prepare(Dataset[_Batch]):
 
     def __init__(
         self,
-        dataset: ImageDataset,
+        dataset: Samples,
         mean: tuple[float, ...],
         std: tuple[float, ...],
         *,
@@ -148,9 +148,7 @@ class _Prepare(Dataset[_Batch]):
     def __getitem__(self, batch_index: int) -> _Batch:
         start = batch_index * self._batch_size
         indices = self._order[start : start + self._batch_size]
-        images = self._dataset.images[indices]
-        if self._augmented:
-            images = augment(images, indices, seed=self._seed, epoch=self._epoch, flip=self._dataset.flip)
+        images = self._dataset.take(indices, seed=self._seed, epoch=self._epoch, augmented=self._augmented)
         return normalise(images, self._mean, self._std), self._dataset.labels[indices]
 
 

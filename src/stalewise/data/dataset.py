@@ -1,4 +1,4 @@
-"""What a data set is here: all images decoded in memory as bytes, their labels, and how to normalise them."""
+"""Images decoded in memory with their labels, and a training and a test set with a normalisation."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from stalewise.errors import ConfigError, DataError
+from stalewise.data.augment import augment
+from stalewise.data.samples import Samples
+from stalewise.errors import DataError
 
 __all__ = ["DataSplit", "ImageDataset"]
 
@@ -17,8 +19,8 @@ _CHUNK = 4096
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class ImageDataset:
-    """Images and labels of one split, in a fixed order; a sample is known by its index in it.
+class ImageDataset(Samples):
+    """Images and labels of one split, decoded in memory.
 
     Args:
         name: for messages and logs, such as `cifar10 train`.
@@ -63,20 +65,26 @@ class ImageDataset:
                 "name every class."
             )
 
-    def __len__(self) -> int:
-        return len(self.images)
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """(3, H, W)."""
+        return tuple(self.images.shape[1:])
+
+    def take(self, indices: Tensor, *, seed: int, epoch: int, augmented: bool) -> Tensor:
+        """Some images; augmented, they are cropped from a border of 4 pixels and mirrored. See `Samples`."""
+        images = self.images[indices]
+        return augment(images, indices, seed=seed, epoch=epoch, flip=self.flip) if augmented else images
 
     def first(self, limit: int | None) -> ImageDataset:
-        """The first `limit` samples, or all of them where `limit` is None or larger than the data set.
-
-        Raises:
-            ConfigError: where `limit` is not at least 1.
-        """
+        """See `Samples`."""
         if limit is None:
             return self
-        if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
-            raise ConfigError(f"the limit for {self.name} is {limit!r}; it counts samples, so give an integer >= 1.")
+        self._check_limit(limit)
         return replace(self, images=self.images[:limit], labels=self.labels[:limit])
+
+    def flipping(self, flip: bool) -> ImageDataset:
+        """See `Samples`."""
+        return replace(self, flip=flip)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -94,17 +102,17 @@ class DataSplit:
         DataError: where `train`, `test` and `num_classes` disagree.
     """
 
-    train: ImageDataset
-    test: ImageDataset
+    train: Samples
+    test: Samples
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     num_classes: int
 
     def __post_init__(self) -> None:
-        if self.train.images.shape[1:] != self.test.images.shape[1:]:
+        if self.train.image_shape != self.test.image_shape:
             raise DataError(
-                f"images are {list(self.train.images.shape[1:])} in {self.train.name} and "
-                f"{list(self.test.images.shape[1:])} in {self.test.name}; both splits feed one model, so "
+                f"images are {list(self.train.image_shape)} in {self.train.name} and "
+                f"{list(self.test.image_shape)} in {self.test.name}; both splits feed one model, so "
                 "they must have one shape. Resize one of them."
             )
         if self.train.class_names != self.test.class_names or self.num_classes != len(self.train.class_names):

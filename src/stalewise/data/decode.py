@@ -6,13 +6,17 @@ import io
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from stalewise.errors import DataError
 
-__all__ = ["MAX_PIXELS", "decode_images", "image_size"]
+if TYPE_CHECKING:
+    from PIL import Image
+
+__all__ = ["MAX_PIXELS", "decode_box", "decode_images", "image_size"]
 
 MAX_PIXELS = 4096 * 4096
 """Largest image that is decoded: a few kilobytes of a malicious file can claim to be billions of pixels."""
@@ -92,8 +96,44 @@ def _chunks(group: Sequence[bytes], start: int) -> Iterator[tuple[int, Sequence[
         yield start + offset, group[offset : offset + _CHUNK]
 
 
+def decode_box(
+    encoded: bytes, where: str, box: Callable[[int, int], tuple[float, float, float, float]], size: int
+) -> NDArray[np.uint8]:
+    """A part of one image as RGB, resampled to a square (bilinear, antialiased).
+
+    Args:
+        encoded: the image.
+        where: names it in a message.
+        box: from width and height of the whole image to the part: left, top, right, bottom in pixels.
+        size: height and width of the result.
+
+    Returns:
+        uint8 [3, size, size].
+
+    Raises:
+        DataError: where it cannot be decoded; the message begins with `where`.
+    """
+    image = _opened(encoded, where)
+    part = image.resize((size, size), _bilinear(), box=box(*image.size))
+    return np.asarray(part).transpose(2, 0, 1)
+
+
 def _decode(encoded: bytes, where: str, size: tuple[int, int] | None) -> NDArray[np.uint8]:
     """One image as uint8 [3, H, W]."""
+    decoded = _opened(encoded, where)
+    if size is not None and decoded.size != (size[1], size[0]):
+        decoded = decoded.resize((size[1], size[0]), _bilinear())
+    return np.asarray(decoded).transpose(2, 0, 1)
+
+
+def _bilinear() -> Image.Resampling:
+    from PIL import Image
+
+    return Image.Resampling.BILINEAR
+
+
+def _opened(encoded: bytes, where: str) -> Image.Image:
+    """One image as RGB."""
     from PIL import Image
 
     try:
@@ -105,7 +145,7 @@ def _decode(encoded: bytes, where: str, size: tuple[int, int] | None) -> NDArray
                 raise ValueError(f"mode {image.mode}, which has more than 8 bits per channel or no RGB colours")
             # A palette with transparency goes through RGBA: Pillow warns of the direct way.
             indirect = image.mode == "P" and "transparency" in image.info
-            decoded = (image.convert("RGBA") if indirect else image).convert("RGB")
+            return (image.convert("RGBA") if indirect else image).convert("RGB")
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DataError(
             f"{where} is too large to be decoded safely: {error}. Store it with at most {MAX_PIXELS} pixels."
@@ -116,6 +156,3 @@ def _decode(encoded: bytes, where: str, size: tuple[int, int] | None) -> NDArray
             f"{where} cannot be decoded ({len(encoded)} bytes): {error}. An image must be a whole 8-bit "
             f"{', '.join(_FORMATS)} file; replace it or leave it out."
         ) from error
-    if size is not None and decoded.size != (size[1], size[0]):
-        decoded = decoded.resize((size[1], size[0]), Image.Resampling.BILINEAR)
-    return np.asarray(decoded).transpose(2, 0, 1)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from stalewise.data.dataset import DataSplit, ImageDataset
 from stalewise.data.decode import decode_images, image_size
 from stalewise.errors import DataError
 
-__all__ = ["load_folder"]
+__all__ = ["load_folder", "mixed", "train_and_test_classes"]
 
 _SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 _TEST_NAMES = ("test", "val", "validation")
@@ -42,23 +43,10 @@ def load_folder(root: Path) -> DataSplit:
     Raises:
         DataError: where the layout is another one, a class has no image, or an image cannot be decoded.
     """
-    train_root = root / "train"
-    # A folder `train` that holds images itself is a class of that name.
-    if train_root.is_dir() and _folders(train_root):
-        train = _classes(train_root)
-        test_root = next((root / name for name in _TEST_NAMES if (root / name).is_dir()), None)
-        if test_root is None:
-            raise DataError(
-                f"{root} has a folder train but none of {', '.join(_TEST_NAMES)}; both splits are needed. "
-                "Add one, or move the class folders up to have a fifth of the images split off."
-            )
-        test = _classes(test_root)
-        _check_test_classes(test_root, list(train), list(test))
-    else:
-        train, test = _split(root, _classes(root))
+    train, test = train_and_test_classes(root)
     class_names = tuple(train)
-    train_files, train_labels = _mixed(train, class_names)
-    test_files, test_labels = _mixed(test, class_names)
+    train_files, train_labels = mixed(train, class_names)
+    test_files, test_labels = mixed(test, class_names)
     size = image_size(_read(train_files[0]), str(train_files[0]))
     datasets = []
     for split, files, labels in (("train", train_files, train_labels), ("test", test_files, test_labels)):
@@ -75,6 +63,32 @@ def load_folder(root: Path) -> DataSplit:
     return DataSplit.normalised_by_train(*datasets)
 
 
+def train_and_test_classes(root: Path) -> tuple[dict[str, list[Path]], dict[str, list[Path]]]:
+    """The image files of each class, for training and for testing.
+
+    Raises:
+        DataError: where the layout is another one, or a class has no image.
+    """
+    train_root = root / "train"
+    # A folder `train` that holds images itself is a class of that name.
+    if train_root.is_dir() and _folders(train_root):
+        train = _classes(train_root)
+        # ImageNet comes with a folder test, too, whose images have no classes.
+        found = sorted(
+            (root / name for name in _TEST_NAMES if (root / name).is_dir()), key=lambda path: not _folders(path)
+        )
+        test_root = found[0] if found else None
+        if test_root is None:
+            raise DataError(
+                f"{root} has a folder train but none of {', '.join(_TEST_NAMES)}; both splits are needed. "
+                "Add one, or move the class folders up to have a fifth of the images split off."
+            )
+        test = _classes(test_root)
+        _check_test_classes(test_root, list(train), list(test))
+        return train, test
+    return _split(root, _classes(root))
+
+
 def _folders(root: Path) -> list[Path]:
     return sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
@@ -88,8 +102,9 @@ def _classes(root: Path) -> _Classes:
         )
     classes: _Classes = {}
     for folder in folders:
-        files = (entry for entry in folder.iterdir() if entry.is_file() and not entry.name.startswith("."))
-        classes[folder.name] = sorted(file for file in files if file.suffix.lower() in _SUFFIXES)
+        with os.scandir(folder) as entries:  # which knows what is a file without asking for each
+            names = [entry.name for entry in entries if entry.is_file() and not entry.name.startswith(".")]
+        classes[folder.name] = [folder / name for name in sorted(names) if Path(name).suffix.lower() in _SUFFIXES]
         if not classes[folder.name]:
             raise DataError(
                 f"class folder {folder} holds no image; an image ends in {', '.join(sorted(_SUFFIXES))}. Add "
@@ -136,7 +151,7 @@ def _split(root: Path, classes: _Classes) -> tuple[_Classes, _Classes]:
     return train, test
 
 
-def _mixed(classes: _Classes, class_names: Sequence[str]) -> tuple[list[Path], list[int]]:
+def mixed(classes: _Classes, class_names: Sequence[str]) -> tuple[list[Path], list[int]]:
     """All files in the order of their hashes, and the label of each."""
     files = sorted((file for members in classes.values() for file in members), key=_order_hash)
     label_of = {name: label for label, name in enumerate(class_names)}

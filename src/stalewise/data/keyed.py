@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from stalewise.errors import ConfigError
 
-__all__ = ["Stream", "keyed_bits"]
+__all__ = ["Stream", "keyed_bits", "keyed_uniforms"]
 
 
 class Stream(enum.IntEnum):
@@ -51,6 +51,21 @@ def keyed_bits(indices: NDArray[np.int64], *, seed: int, epoch: int, stream: Str
     for part in (seed, epoch, stream):
         key = _mix(key ^ np.uint64(part))
     return _mix(key ^ indices.astype(np.uint64))
+
+
+def keyed_uniforms(index: int, count: int, *, seed: int, epoch: int, stream: Stream) -> NDArray[np.float64]:
+    """Several random numbers for one index, each uniform in 0 .. 1 (below 1) with 53 bits: m(bits ^ 1), m(bits ^ 2), ..
+
+    Args:
+        index: of the sample.
+        count: how many.
+        seed: as for `keyed_bits`.
+        epoch: likewise.
+        stream: likewise.
+    """
+    bits = keyed_bits(np.array([index]), seed=seed, epoch=epoch, stream=stream)
+    mixed = _mix(bits ^ np.arange(1, count + 1, dtype=np.uint64)) >> np.uint64(11)
+    return mixed.astype(np.float64) * 2.0**-53
 
 
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:

@@ -1,8 +1,9 @@
-"""From the text that a user types to a data set: `digits`, `cifar10`, `cifar100`, or a path."""
+"""From the text that a user types to a data set: `digits`, `cifar10`, `cifar100`, `imagenet`, or a path."""
 
 from __future__ import annotations
 
 import difflib
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from stalewise.data.cifar import CIFAR10, CIFAR100, load_cifar
 from stalewise.data.dataset import DataSplit
 from stalewise.data.digits import load_digits
 from stalewise.data.folder import load_folder
+from stalewise.data.imagenet import IMAGENET_SIZE, load_imagenet
 from stalewise.data.parquet import find_parquet_pair, load_parquet
 from stalewise.errors import DataError
 
@@ -18,8 +20,10 @@ __all__ = ["DATA_NAMES", "load_data"]
 
 _CIFAR = {layout.name: layout for layout in (CIFAR10, CIFAR100)}
 
-DATA_NAMES = ("digits", *_CIFAR)
+DATA_NAMES = ("digits", *_CIFAR, "imagenet")
 """The data sets that have a name of their own."""
+
+_IMAGENET = re.compile("imagenet(?:-([1-9][0-9]{1,2}))?")
 
 
 def load_data(
@@ -31,12 +35,13 @@ def load_data(
     test_limit: int | None = None,
     flip: bool | None = None,
 ) -> DataSplit:
-    """Load a data set into memory. Blocks; may download (`cifar10` and `cifar100` without `data_dir`).
+    """Load a data set into memory, or list its files. Blocks; may download (`cifar10`, `cifar100` without `data_dir`).
 
     Args:
         name: one of `DATA_NAMES`, or the path of a folder of class folders of images, of a folder with
-            train*.parquet and test*.parquet, or of such a train*.parquet.
-        data_dir: where the CIFAR files are; the other names do not use it.
+            train*.parquet and test*.parquet, or of such a train*.parquet. `imagenet` is a folder of class folders, too,
+            but its files are read when they are needed, and cropped to 224 pixels; `imagenet-64` to 64.
+        data_dir: where the files of CIFAR or ImageNet are; the other names do not use it.
         cache_dir: for downloads and decoded images; default `$STALEWISE_CACHE` or `~/.cache/stalewise`.
         train_limit: use only the first so many training samples; the normalisation stays that of all.
         test_limit: use only the first so many test samples.
@@ -52,7 +57,7 @@ def load_data(
     cache = default_cache_dir() if cache_dir is None else Path(cache_dir)
     split = _load(name, None if data_dir is None else Path(data_dir).expanduser(), cache)
     if flip is not None:
-        split = replace(split, train=replace(split.train, flip=flip), test=replace(split.test, flip=flip))
+        split = replace(split, train=split.train.flipping(flip), test=split.test.flipping(flip))
     return split.first(train_limit=train_limit, test_limit=test_limit)
 
 
@@ -61,6 +66,8 @@ def _load(name: str, data_dir: Path | None, cache_dir: Path) -> DataSplit:
         return load_digits()
     if name in _CIFAR:
         return load_cifar(_CIFAR[name], data_dir=data_dir, cache_dir=cache_dir)
+    if match := _IMAGENET.fullmatch(name):
+        return load_imagenet(data_dir, size=int(match[1] or IMAGENET_SIZE))
     path = Path(name).expanduser()
     if not name or not path.exists():
         raise DataError(_unknown(name))
