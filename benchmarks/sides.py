@@ -34,10 +34,9 @@ from stalewise.engine.split import Chain
 from stalewise.methods import Method, build_method
 from stalewise.models import build_model
 from stalewise.plan.partition import LayerCost, partition
-from stalewise.plan.profile import profile_layers
+from stalewise.planning import measure
 from stalewise.protocol.actions import Kind
 from stalewise.protocol.stragglers import NO_STRAGGLERS, Stragglers
-from stalewise.runtime.exchange import broadcast_json
 from stalewise.runtime.job import Job
 
 Batch = tuple[Tensor, Tensor]
@@ -62,12 +61,15 @@ class OwnRow:
         name: as in `METHOD_NAMES`.
         build: (stages, micro-batches) -> the method.
         micro_batched: whether it is tried with each number of micro-batches.
+        channels_last: whether images lie so in memory. Torch's schedules send contiguous tensors only, so no row of
+            theirs can.
     """
 
     label: str
     name: str
     build: Callable[[int, int], Method]
     micro_batched: bool = False
+    channels_last: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,14 +92,20 @@ class TorchRow:
     micro_batched: bool = True
 
 
-def named(label: str, name: str, *, micro_batched: bool = False, **options: Any) -> OwnRow:
+def named(label: str, name: str, *, micro_batched: bool = False, channels_last: bool = False, **options: Any) -> OwnRow:
     def build(num_stages: int, micro_batches: int) -> Method:
         own = {key: value(num_stages) if callable(value) else value for key, value in options.items()}
         if micro_batched:
             own["micro_batches"] = micro_batches
         return build_method(name, num_stages=num_stages, **own)
 
-    return OwnRow(label=f"stalewise {label}", name=name, build=build, micro_batched=micro_batched)
+    return OwnRow(
+        label=f"stalewise {label}{', channels last' * channels_last}",
+        name=name,
+        build=build,
+        micro_batched=micro_batched,
+        channels_last=channels_last,
+    )
 
 
 def shallow(num_stages: int) -> list[int]:
@@ -165,8 +173,14 @@ def loss_fn(output: Tensor, target: Tensor) -> Tensor:
     return nn.functional.cross_entropy(output, target)
 
 
-def make_task(job: Job, model_name: str, batch_size: int, split: str, stragglers: Stragglers = NO_STRAGGLERS) -> Task:
-    """The same on all ranks; rank 0 times the layers."""
+def make_task(
+    job: Job,
+    model_name: str,
+    batch_size: int,
+    split: str,
+    stragglers: Stragglers = NO_STRAGGLERS,
+) -> Task:
+    """The same on all ranks, which time the layers all at once."""
     torch.manual_seed(0)
     model = build_model(model_name, num_classes=10)
     generator = torch.Generator().manual_seed(1)
@@ -177,12 +191,10 @@ def make_task(job: Job, model_name: str, batch_size: int, split: str, stragglers
         )
         for _ in range(DISTINCT_BATCHES)
     ]
-    costs = None
-    if job.rank == 0:
-        chain = Chain(model)
-        measured = profile_layers(chain.layers, *batches[0], loss_fn, device="cpu", names=chain.names, repeats=5)
-        costs = [vars(cost) for cost in measured]
-    timed = [LayerCost(**cost) for cost in broadcast_json(costs, 0, job.group)]
+    measured = measure(
+        Chain(model), batches[0], loss_fn, device=torch.device("cpu"), job=job, num_stages=job.world_size
+    )
+    timed = list(measured.layers)
     return Task(job, model, batches, timed, split, stragglers)
 
 
@@ -238,8 +250,12 @@ class OwnSide(Side):
         self.exact = not any(method.staleness) and all(
             stage.policy.synthesizer is None and stage.policy.accumulate == 1 for stage in stages
         )
+        model = copy.deepcopy(task.model)
+        if row.channels_last:
+            for layer in model:
+                layer.to(memory_format=torch.channels_last)
         self.pipeline = stalewise.Pipeline(
-            copy.deepcopy(task.model),
+            model,
             method=method,
             loss_fn=loss_fn,
             optimizer=optimizer,

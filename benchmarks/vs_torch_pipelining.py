@@ -71,6 +71,8 @@ OWN_ROWS = (
     named("dsp (K-1-k)", "dsp", staleness=shallow),
     named("dsp minimal stored", "dsp", activations="stored"),
     named("dsp (K-1-k) stored", "dsp", activations="stored", staleness=shallow),
+    named("dsp (K-1-k)", "dsp", staleness=shallow, channels_last=True),
+    named("dsp (K-1-k) stored", "dsp", activations="stored", staleness=shallow, channels_last=True),
 )
 
 LEGEND = """\
