@@ -1,4 +1,4 @@
-"""Every row of the table in docs/theory.md is one of the file that the command wrote, and the words fit the numbers."""
+"""Every row of the table in docs/theory.md is a row of the file that its command wrote; the words fit the numbers."""
 
 from __future__ import annotations
 
