@@ -14,6 +14,7 @@ from stalewise import errors
 PUBLIC = [
     "BP",
     "DSP",
+    "CheckpointError",
     "ConfigError",
     "DataError",
     "Method",
@@ -22,6 +23,8 @@ PUBLIC = [
     "PlanError",
     "ProgramError",
     "ReceiveTimeout",
+    "ResumePoint",
+    "SaveError",
     "StalewiseError",
     "Straggler",
     "Stragglers",
@@ -55,12 +58,14 @@ def test_every_error_is_public_and_in_its_place() -> None:
     assert set(errors.__all__) <= set(PUBLIC)
     tree = {name: getattr(stalewise, name).__mro__[1].__name__ for name in errors.__all__}
     assert tree == {
+        "CheckpointError": "ConfigError",
         "ConfigError": "StalewiseError",
         "DataError": "ConfigError",
         "PeerLost": "TransportError",
         "PlanError": "ConfigError",
         "ProgramError": "StalewiseError",
         "ReceiveTimeout": "TransportError",
+        "SaveError": "StalewiseError",
         "StalewiseError": "Exception",
         "TransportError": "StalewiseError",
         "WorkerError": "StalewiseError",

@@ -2,12 +2,14 @@
 
 from stalewise._version import __version__
 from stalewise.errors import (
+    CheckpointError,
     ConfigError,
     DataError,
     PeerLost,
     PlanError,
     ProgramError,
     ReceiveTimeout,
+    SaveError,
     StalewiseError,
     TransportError,
     WorkerError,
@@ -16,10 +18,12 @@ from stalewise.methods import BP, DSP, Method
 from stalewise.pipeline import Pipeline
 from stalewise.protocol.stragglers import Straggler, Stragglers
 from stalewise.runtime.launch import launch
+from stalewise.runtime.resuming import ResumePoint
 
 __all__ = [
     "BP",
     "DSP",
+    "CheckpointError",
     "ConfigError",
     "DataError",
     "Method",
@@ -28,6 +32,8 @@ __all__ = [
     "PlanError",
     "ProgramError",
     "ReceiveTimeout",
+    "ResumePoint",
+    "SaveError",
     "StalewiseError",
     "Straggler",
     "Stragglers",

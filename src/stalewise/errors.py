@@ -3,23 +3,27 @@
     StalewiseError
     ├── ConfigError (ValueError)      the user asked for something that cannot be
     │   ├── PlanError                 a model cannot be cut as asked
-    │   └── DataError                 a data set cannot be read
+    │   ├── DataError                 a data set cannot be read
+    │   └── CheckpointError           a checkpoint is damaged, or of another run
     ├── ProgramError                  a program breaks one of the numbered rules of `protocol.validate`
     ├── TransportError                what arrived over a link is not what was expected
     │   ├── PeerLost                  the process at the other end is gone
     │   └── ReceiveTimeout            nothing arrived in time
+    ├── SaveError                     a checkpoint could not be written
     └── WorkerError                   a worker of a launched job failed; carries the original traceback
 
 A message says what happened, with values; the rule; and what to do.
 """
 
 __all__ = [
+    "CheckpointError",
     "ConfigError",
     "DataError",
     "PeerLost",
     "PlanError",
     "ProgramError",
     "ReceiveTimeout",
+    "SaveError",
     "StalewiseError",
     "TransportError",
     "WorkerError",
@@ -42,6 +46,10 @@ class DataError(ConfigError):
     """A data set is missing, truncated or malformed."""
 
 
+class CheckpointError(ConfigError):
+    """A checkpoint is truncated or damaged, of another version or another model, or there is none."""
+
+
 class ProgramError(StalewiseError):
     """A program breaks a rule of `stalewise.protocol.validate`."""
 
@@ -56,6 +64,10 @@ class PeerLost(TransportError):
 
 class ReceiveTimeout(TransportError):
     """A message did not arrive in time."""
+
+
+class SaveError(StalewiseError):
+    """A checkpoint could not be written; the ones before it are as they were."""
 
 
 class WorkerError(StalewiseError):

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -22,24 +24,28 @@ from stalewise.arguments import (
     is_distributed,
     resolve_device,
 )
+from stalewise.checkpoint.writer import Attachment
 from stalewise.engine.assemble import ParameterOptions, assemble_stage
 from stalewise.engine.engine import Batches, Engine
 from stalewise.engine.feed import iterate
 from stalewise.engine.sequential import SequentialEngine
 from stalewise.engine.split import Chain, LayerSource
-from stalewise.engine.stage import LossFunction, Metric
+from stalewise.engine.stage import LossFunction, Metric, Stage
 from stalewise.errors import ConfigError
 from stalewise.methods import Method
 from stalewise.plan.memory import StageMemory
 from stalewise.plan.partition import LayerCost, Partition, check_cuts, fixed_partition
 from stalewise.plan.planner import Plan, plan_stages
 from stalewise.planning import measure, optimizer_copies, parse_bytes, share_batch
+from stalewise.protocol.program import StageProgram
 from stalewise.protocol.stragglers import Straggler, Stragglers
 from stalewise.protocol.trace import Trace
 from stalewise.runtime.distributed import DistributedEngine
 from stalewise.runtime.exchange import all_gather_json, broadcast_json
 from stalewise.runtime.job import Job, current_job
 from stalewise.runtime.payload import payload_groups
+from stalewise.runtime.persistence import Persistence
+from stalewise.runtime.resuming import ResumePoint
 
 __all__ = ["Pipeline"]
 
@@ -141,10 +147,19 @@ class Pipeline:
         self._device = resolve_device(device, self._job)
         self._seed = torch.initial_seed() if seed is None else seed
         self._engine: Engine | None = None
+        token = secrets.token_hex(4)
         if self._job is not None:
-            self._seed = broadcast_json(self._seed, 0, self._job.group)
+            self._seed, token = broadcast_json([self._seed, token], 0, self._job.group)
             self._check_job(self._job, partition)
             self._devices: list[str] = all_gather_json(str(self._device), self._job.group)
+        self._persistence = Persistence(
+            self._chain,
+            job=self._job,
+            device=self._device,
+            assemble=self._assemble,
+            token=token,
+            patience_s=recv_timeout_s,
+        )
         if partition != "profile":
             if isinstance(partition, str):
                 raise ConfigError(f'partition is {partition!r}; it must be "profile" or cut indices, such as (2, 4).')
@@ -154,8 +169,7 @@ class Pipeline:
                     'partition="profile", or leave memory_limit out.'
                 )
             cuts = check_cuts(partition, len(self._chain), method.num_stages)
-            recompute = [stage.recomputes for stage in method.program().stages]
-            self._build(fixed_partition(self._layer_costs(), cuts, recompute=recompute))
+            self._build_fixed(cuts)
         else:
             check_cuts(range(1, method.num_stages), len(self._chain), method.num_stages)
 
@@ -252,16 +266,108 @@ class Pipeline:
             ConfigError: where a batch or what the model makes of it is not valid.
             WorkerError: where another rank failed.
         """
+        self._persistence.begin_reading(batches)
         batches = self._prepare(batches)
         if self._engine is None:
             return
         with closing(self._engine.train(batches, drain=drain)) as losses:
             for loss in losses:
+                self._persistence.check()
                 yield loss.item()
 
     def drain(self) -> Iterator[float]:
         """Backward the batches in flight and yield their losses."""
         return self.train((), drain=True)
+
+    @property
+    def num_batches(self) -> int:
+        """Batches that entered the pipeline so far, over the whole run: the next one's global index."""
+        return 0 if self._engine is None else self._engine.num_batches
+
+    def save(
+        self,
+        directory: str | Path,
+        *,
+        keep: int | None = None,
+        extra: Any = None,
+        attachments: Sequence[Attachment] = (),
+        wait: bool = False,
+    ) -> Path | None:
+        """Save everything that the run needs to go on, at any time, also in a loop over `train`.
+
+        All ranks call it at the same place. Each waits until its stage is copied to host memory; the files are written
+        in the background, into a folder that all ranks share, and become visible together by one rename. An error of
+        that is raised by the next loss, `save`, or the end of the job.
+
+        Args:
+            directory: of all checkpoints of this run and of no other.
+            keep: how many of the newest checkpoints stay; None: all.
+            extra: a record of your own, JSON values; rank 0's counts.
+            attachments: files of rank 0 that go into the checkpoint.
+            wait: until the checkpoint is complete.
+
+        Returns:
+            Its folder where `wait` is on, else None.
+
+        Raises:
+            ConfigError: where the state holds what a checkpoint cannot hold, or another run uses the folder.
+            SaveError: where this checkpoint, or the one before, could not be written.
+        """
+        return self._persistence.save(
+            self._built("save"),
+            Path(directory),
+            cuts=self.cuts or (),
+            method=self.method,
+            keep=keep,
+            extra=extra,
+            attachments=attachments,
+            wait=wait,
+        )
+
+    def wait_saved(self) -> None:
+        """Wait until everything that was saved is on disk; all ranks call it.
+
+        Raises:
+            SaveError: where it could not be written.
+        """
+        self._persistence.wait()
+
+    def resume(
+        self, directory: str | Path, *, positioned: bool = False, missing_ok: bool = False
+    ) -> ResumePoint | None:
+        """Go on where a checkpoint was saved, before the first batch of this pipeline; all ranks call it.
+
+        With the method and the cuts of the checkpoint, on one process or many, the run goes on bitwise as if it had
+        not been interrupted: the batches in flight are there again, and the next call of `train` first yields the
+        losses that are due. With others (also another number of stages) the batches in flight are finished with the old
+        ones, and weights and optimizer state are moved by parameter name; nothing is skipped or repeated.
+
+        The next `train` must begin with the batch after the last one that the checkpoint saw. An iterable with
+        `load_state_dict` that had a `state_dict` when it was saved is brought there; for any other one, bring it there
+        yourself (`ResumePoint.session_batches` says how many batches it had given) and say `positioned=True`.
+
+        Args:
+            directory: one checkpoint, or a folder of them: then the newest.
+            positioned: you see to it that the next `train` begins with the right batch.
+            missing_ok: return None where there is no checkpoint, as when a job begins.
+
+        Raises:
+            CheckpointError: where there is none, or it is damaged or of another model; nothing was loaded then.
+            ConfigError: where this pipeline has trained already.
+        """
+        if self._engine is not None and self._engine.has_begun:
+            raise ConfigError(
+                f"this pipeline has trained on {self._engine.num_batches} batches already; resume a new one."
+            )
+        return self._persistence.resume(
+            Path(directory),
+            engine=self._engine,
+            cuts=self.cuts,
+            method=self.method,
+            build=self._build_fixed,
+            positioned=positioned,
+            missing_ok=missing_ok,
+        )
 
     def evaluate(self, batches: Batches | None, metric: Metric) -> float:
         """Forward batches through the pipeline in eval mode and average a metric.
@@ -354,27 +460,24 @@ class Pipeline:
             for name, layer in zip(self._chain.names, self._chain.layers, strict=True)
         ]
 
+    def _build_fixed(self, cuts: tuple[int, ...], method: Method | None = None) -> Engine:
+        """Cut where it is said.
+
+        Args:
+            cuts: of the stages.
+            method: with everything decided that a plan was to decide; None: it is.
+        """
+        self.method = method or self.method
+        recompute = [stage.recomputes for stage in self.method.program().stages]
+        self._build(fixed_partition(self._layer_costs(), cuts, recompute=recompute))
+        return self._built("build")
+
     def _build(self, plan: Partition) -> None:
         """Cut the model and make the engine."""
         self._chain.check_nothing_shared(plan.cuts)
         program = self.method.program()
         stages = range(self.method.num_stages) if self._job is None else [self._job.rank]
-        built = [
-            assemble_stage(
-                self._chain.build(plan.cuts, index),
-                index=index,
-                num_stages=self.method.num_stages,
-                device=self._device,
-                seed=self._seed,
-                optimizer=self._optimizer,
-                lr_scheduler=self._lr_scheduler,
-                loss_fn=self._loss_fn,
-                clip_grad_norm=self._clip_grad_norm,
-                param_groups=self._param_groups,
-                program=program.stages[index],
-            )
-            for index in stages
-        ]
+        built = [self._assemble(self._chain, plan.cuts, index, program.stages[index]) for index in stages]
         if self._job is None:
             self._engine = SequentialEngine(
                 program,
@@ -397,6 +500,22 @@ class Pipeline:
             )
         self.partition = plan
         self.cuts = plan.cuts
+        self._persistence.built(self._engine)
+
+    def _assemble(self, chain: Chain, cuts: tuple[int, ...], index: int, program: StageProgram) -> Stage:
+        return assemble_stage(
+            chain.build(cuts, index),
+            index=index,
+            num_stages=len(cuts) + 1,
+            device=self._device,
+            seed=self._seed,
+            optimizer=self._optimizer,
+            lr_scheduler=self._lr_scheduler,
+            loss_fn=self._loss_fn,
+            clip_grad_norm=self._clip_grad_norm,
+            param_groups=self._param_groups,
+            program=program,
+        )
 
     def _plan_hash(self, cuts: tuple[int, ...]) -> int:
         text = json.dumps([__version__, repr(self.method), cuts, self._chain.describe()])

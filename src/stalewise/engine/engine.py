@@ -7,6 +7,9 @@
          └ no ─► pause: the batches in flight stay, the next train goes on with step n
               └► drain: the last m_0 steps with the backward slots alone; then n counts anew
 
+A run can be saved after any step, and goes on in another process after that step (`snapshot`, `restore`); one that was
+saved within a drain drains to the end first.
+
 Every stage pauses after the same local step, and every rank yields the loss of batch n - m_0 after local step n: so
 losses come in the same order, and at the same step, everywhere.
 """
@@ -14,24 +17,54 @@ losses come in the same order, and at the same step, everywhere.
 from __future__ import annotations
 
 import abc
-from collections.abc import Generator, Iterable, Iterator, Mapping
+import itertools
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from stalewise.engine.memory import StageUsage
-from stalewise.engine.stage import Metric
+from stalewise.engine.stage import Metric, Stage
 from stalewise.engine.tree import Tree
 from stalewise.errors import ConfigError
 from stalewise.protocol.program import Program
 from stalewise.protocol.trace import Trace
 
-__all__ = ["Batches", "Engine"]
+__all__ = ["Batches", "Cut", "Engine", "TakeSnapshot"]
 
 Batches = Iterable[tuple[Tree, Tree]]
 """(input, target) per batch."""
 
 StateDict = Mapping[str, Tensor]
+
+TakeSnapshot = Callable[[int, dict[str, Any]], Callable[[dict[str, Any]], None]]
+"""(stage, its state) -> (what lay on the links to it) -> None. The first call copies the state at once; the second
+one comes as soon as the last message is known, which may be some steps later."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cut:
+    """Where a run stands between two local steps; the same on every rank.
+
+    Args:
+        first_batch: global index of the first batch since the last drain.
+        entered: batches since then.
+        steps: local steps since then; more than `entered` within a drain.
+        session_batches: batches taken from the iterable of the session that is open; None between sessions.
+        gradient_differences: measured so far.
+    """
+
+    first_batch: int
+    entered: int
+    steps: int
+    session_batches: int | None
+    gradient_differences: list[tuple[int, list[float | None]]]
+
+    @property
+    def num_batches(self) -> int:
+        """Batches that entered the pipeline: the next one's global index."""
+        return self.first_batch + self.entered
 
 
 class Engine(abc.ABC):
@@ -55,6 +88,7 @@ class Engine(abc.ABC):
         self._first_batch = 0
         self._entered = 0
         self._steps = 0
+        self._session_batches: int | None = None
         self._leaving = False
         self._running = False
         self._failed = False
@@ -75,6 +109,8 @@ class Engine(abc.ABC):
         self._leaving = False
         self._running = True
         steps = self._run(batches, drain)
+        if self._is_draining:
+            steps = itertools.chain(self._run((), True), steps)
         try:
             for losses in steps:
                 yield from losses
@@ -100,12 +136,71 @@ class Engine(abc.ABC):
             )
         return self._evaluate(batches, metric)
 
+    def cut(self) -> Cut:
+        """Where the run stands."""
+        return Cut(
+            first_batch=self._first_batch,
+            entered=self._entered,
+            steps=self._steps,
+            session_batches=self._session_batches,
+            gradient_differences=list(self.gradient_differences),
+        )
+
+    def snapshot(self, take: TakeSnapshot) -> Cut:
+        """Take a snapshot of every stage that this engine holds, between two of its local steps.
+
+        Returns:
+            Where they stand.
+
+        Raises:
+            ConfigError: where a step failed before.
+        """
+        if self._failed:
+            self._check_usable()
+        cut = self.cut()
+        self._snapshot(take)
+        return cut
+
+    def restore(self, cut: Cut, stages: Mapping[int, Mapping[str, Any]]) -> None:
+        """Go on where another engine, of this program and these stages, stood.
+
+        Args:
+            cut: of that engine.
+            stages: snapshots of the stages that this engine holds, which did nothing yet; see `check`.
+        """
+        self._failed = True
+        self._restore(cut, stages)
+        self._first_batch, self._entered, self._steps = cut.first_batch, cut.entered, cut.steps
+        self.gradient_differences[:] = cut.gradient_differences
+        self._failed = False
+
+    def continue_after(self, num_batches: int) -> None:
+        """Count on from so many batches, which other engines trained on."""
+        self._first_batch = num_batches
+
+    @property
+    @abc.abstractmethod
+    def held_stages(self) -> Sequence[Stage]:
+        """The stages that this engine holds."""
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether a batch entered the pipeline."""
+        return self.num_batches > 0
+
+    @property
+    def _is_draining(self) -> bool:
+        return self._steps > self._entered
+
     def _run(self, batches: Batches | None, drain: bool) -> Iterator[list[Tensor]]:
         self._open(batches, drain)
+        self._session_batches = 0
         while self._another_batch():
             losses = self._complete_step(None)
             self._entered += 1
+            self._session_batches += 1
             yield losses
+        self._session_batches = None
         if self._close():
             while self.batches_in_flight:
                 yield self._complete_step(self._entered)
@@ -142,6 +237,26 @@ class Engine(abc.ABC):
             raise ConfigError(
                 "this pipeline is training already; finish or leave the loop over train() before the next call."
             )
+
+    @abc.abstractmethod
+    def _snapshot(self, take: TakeSnapshot) -> None:
+        """See `snapshot`."""
+
+    @abc.abstractmethod
+    def complete_snapshots(self) -> None:
+        """Wait until snapshots that were taken have all messages that belong to them."""
+
+    @abc.abstractmethod
+    def check(self, stages: Mapping[int, Mapping[str, Any]]) -> None:
+        """Make sure that snapshots are of the stages that this engine holds.
+
+        Raises:
+            CheckpointError: naming the first difference.
+        """
+
+    @abc.abstractmethod
+    def _restore(self, cut: Cut, stages: Mapping[int, Mapping[str, Any]]) -> None:
+        """See `restore`."""
 
     @abc.abstractmethod
     def _open(self, batches: Batches | None, drain: bool) -> None:

@@ -11,6 +11,9 @@ Source: dsp.md, section 4 (gradient difference) [D].
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -36,6 +39,18 @@ class GradientProbe:
         self._leaves: list[Tensor] = []
         self._outputs: list[Tensor] = []
         self._weights: dict[str, Tensor] = {}
+
+    def snapshot(self) -> dict[str, Any]:
+        """What is kept for measurements that are still to come, by reference."""
+        return {
+            "inputs": {batch: activation._asdict() for batch, activation in self._inputs.items()},
+            "kept": {batch: list(kept) for batch, kept in self._kept.items()},
+        }
+
+    def restore(self, snapshot: Mapping[str, Any]) -> None:
+        """The inverse of `snapshot`."""
+        self._inputs = {batch: Activation(**value) for batch, value in snapshot["inputs"].items()}
+        self._kept = {batch: (weights, gradients) for batch, (weights, gradients) in snapshot["kept"].items()}
 
     def is_due(self, batch: int) -> bool:
         """Whether this batch (global index) is measured."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from stalewise.engine.tree import Structure, Tree, flatten
 
-__all__ = ["Activation", "Gradient", "message_tensors"]
+__all__ = ["Activation", "Gradient", "message_tensors", "messages_value"]
 
 
 class Activation(NamedTuple):
@@ -38,3 +38,19 @@ def message_tensors(message: Activation | Gradient) -> Iterator[Tensor]:
     """The tensors of a message: values and target, or gradients and loss."""
     rest = flatten(message.target)[0] if isinstance(message, Activation) else [message.loss]
     yield from (tensor for tensor in (*message.values, *rest) if tensor is not None)
+
+
+def messages_value(
+    *,
+    activations: Iterable[tuple[int, Activation]],
+    gradients: Iterable[tuple[int, Gradient]],
+    losses: Iterable[tuple[int, Tensor]],
+    tokens: Iterable[tuple[int, None]],
+) -> dict[str, Any]:
+    """What lies on the links to a stage, as plain values; each kind in the order of sending."""
+    return {
+        "activations": [[batch, activation._asdict()] for batch, activation in activations],
+        "gradients": [[batch, gradient._asdict()] for batch, gradient in gradients],
+        "losses": [[batch, loss] for batch, loss in losses],
+        "tokens": [batch for batch, _ in tokens],
+    }

@@ -10,13 +10,22 @@ processes. The caller's own random state is as before after every pass.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import random
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from hashlib import blake2b
+from typing import Any
 
+import numpy as np
 import torch
 
-__all__ = ["preserved_random_state", "random_stream", "stream_seed"]
+__all__ = [
+    "preserved_random_state",
+    "process_random_state",
+    "random_stream",
+    "restore_process_random_state",
+    "stream_seed",
+]
 
 
 def stream_seed(seed: int, stage: int, batch: int, micro_batch: int | None = None) -> int:
@@ -47,3 +56,24 @@ def random_stream(seed: int, device: torch.device) -> Iterator[None]:
             with torch.cuda.device(device):
                 torch.cuda.manual_seed(seed)
         yield
+
+
+def process_random_state(device: torch.device) -> dict[str, Any]:
+    """The random states that code of the user draws from: Python's, NumPy's, torch's on the CPU and on `device`."""
+    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    return {
+        "python": random.getstate(),
+        "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, gauss],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+    }
+
+
+def restore_process_random_state(state: Mapping[str, Any], device: torch.device) -> None:
+    """The inverse of `process_random_state`."""
+    random.setstate(state["python"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"].cpu(), device)

@@ -19,14 +19,21 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from stalewise.engine.brake import Brake
-from stalewise.engine.engine import Batches, Engine
+from stalewise.engine.engine import Batches, Cut, Engine, TakeSnapshot
 from stalewise.engine.feed import Feed
 from stalewise.engine.gradient_probe import GradientProbe
 from stalewise.engine.interpreter import Interpreter
 from stalewise.engine.logical_time import LogicalTime
 from stalewise.engine.memory import MemoryMeter, StageUsage
-from stalewise.engine.messages import Activation, Gradient, message_tensors
+from stalewise.engine.messages import Activation, Gradient, message_tensors, messages_value
 from stalewise.engine.score import Score, mean
+from stalewise.engine.snapshot import (
+    check_stage,
+    restore_interpreter,
+    restore_stage,
+    snapshot_interpreter,
+    snapshot_stage,
+)
 from stalewise.engine.stage import Metric, Stage
 from stalewise.engine.state import (
     check_stage_state,
@@ -91,6 +98,10 @@ class SequentialEngine(Engine):
             )
             for stage, links in zip(stages, self._links, strict=True)
         ]
+
+    @property
+    def held_stages(self) -> Sequence[Stage]:
+        return self.stages
 
     @property
     def first_links(self) -> _LocalLinks:
@@ -159,6 +170,31 @@ class SequentialEngine(Engine):
                 index += 1
         return mean(*score.totals())
 
+    def _snapshot(self, take: TakeSnapshot) -> None:
+        for stage, interpreter, links in zip(self.stages, self._interpreters, self._links, strict=True):
+            probe = self._probes[stage.index].snapshot() if self._probes else None
+            add_messages = take(
+                stage.index,
+                {"stage": snapshot_stage(stage), "interpreter": snapshot_interpreter(interpreter), "probe": probe},
+            )
+            add_messages(links.snapshot())
+
+    def complete_snapshots(self) -> None:
+        pass
+
+    def check(self, stages: Mapping[int, Mapping[str, Any]]) -> None:
+        for stage in self.stages:
+            check_stage(stage, stages[stage.index]["stage"])
+
+    def _restore(self, cut: Cut, stages: Mapping[int, Mapping[str, Any]]) -> None:
+        for stage, interpreter, links in zip(self.stages, self._interpreters, self._links, strict=True):
+            snapshot = stages[stage.index]
+            restore_stage(stage, snapshot["stage"])
+            restore_interpreter(interpreter, snapshot["interpreter"])
+            links.restore(snapshot["messages"])
+            if self._probes and snapshot["probe"] is not None:
+                self._probes[stage.index].restore(snapshot["probe"])
+
     def state_dict(self) -> dict[str, Tensor]:
         return {name: value for stage in self.stages for name, value in stage_state(stage).items()}
 
@@ -220,6 +256,19 @@ class _LocalLinks:
             yield from message_tensors(gradient)
         for _, loss in self._losses:
             yield loss
+
+    def snapshot(self) -> dict[str, Any]:
+        """The same as plain values; see `messages_value`."""
+        return messages_value(
+            activations=self._activations, gradients=self._gradients, losses=self._losses, tokens=self._tokens
+        )
+
+    def restore(self, snapshot: Mapping[str, Any]) -> None:
+        """The inverse of `snapshot`."""
+        self._activations.extend((batch, Activation(**value)) for batch, value in snapshot["activations"])
+        self._gradients.extend((batch, Gradient(**value)) for batch, value in snapshot["gradients"])
+        self._losses.extend((batch, loss) for batch, loss in snapshot["losses"])
+        self._tokens.extend((batch, None) for batch in snapshot["tokens"])
 
     def load(self, batch: int) -> Activation:
         return self._engine.next_batch()

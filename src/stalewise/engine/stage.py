@@ -10,7 +10,7 @@ A graph that is kept over an update names its weights (`saved_weights`), so that
 forward or those of the moment, whatever the optimizer did in between.
 
 Random layers, buffers and layers that work in place follow dsp.md, section 3: see `randomness`, `buffers` and
-`_Isolation`.
+`isolation`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from stalewise.engine.buffers import unchanged_buffers
+from stalewise.engine.isolation import Isolation, has_gradient
 from stalewise.engine.layout import dense
 from stalewise.engine.messages import Activation
 from stalewise.engine.randomness import random_stream, stream_seed
@@ -35,7 +37,7 @@ from stalewise.errors import ConfigError
 from stalewise.plan.saved_tensors import SavedTensorLog
 from stalewise.protocol.program import NO_PROGRAM, StageProgram
 
-__all__ = ["LossFunction", "Metric", "Stage"]
+__all__ = ["LossFunction", "Metric", "Stage", "StoredInput"]
 
 LossFunction = Callable[[Tree, Tree], Tensor]
 """(output, target) -> a scalar that requires grad: the batch's mean loss."""
@@ -48,7 +50,9 @@ Unit = tuple[int, int | None]
 
 
 @dataclass(frozen=True, slots=True)
-class _StoredInput:
+class StoredInput:
+    """What a forward keeps of its activation."""
+
     values: list[Tensor]
     structure: Structure
     target: Tree
@@ -101,13 +105,13 @@ class Stage:
         self.peak_stored_inputs = 0
         self.is_first = index == 0
         self.is_last = index == num_stages - 1
-        self._seed = seed
+        self.seed = seed
         self._loss_fn = loss_fn
         self._clip_grad_norm = clip_grad_norm
         self._trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        self._isolation = _Isolation(index)
-        self._evaluation_isolation = _Isolation(index)
-        self._stored: dict[Unit, _StoredInput] = {}
+        self._isolation = Isolation(index)
+        self._evaluation_isolation = Isolation(index)
+        self._stored: dict[Unit, StoredInput] = {}
         self._graphs: dict[Unit, _Graph] = {}
         self._policy = program.policy
         self._staleness = program.backward_lag
@@ -134,7 +138,7 @@ class Stage:
             The output (detached), or on the last stage the loss as the only value.
         """
         unit = (batch, micro_batch)
-        self._stored[unit] = stored = _StoredInput(
+        self._stored[unit] = stored = StoredInput(
             activation.values, activation.structure, activation.target, activation.share
         )
         self.peak_stored_inputs = max(self.peak_stored_inputs, len({number for number, _ in self._stored}))
@@ -215,7 +219,7 @@ class Stage:
 
     def infer(self, activation: Activation, batch: int) -> Activation:
         """Forward without a graph and without keeping anything, in the mode the modules are in."""
-        with random_stream(stream_seed(self._seed, self.index, batch), self.device), torch.no_grad():
+        with random_stream(stream_seed(self.seed, self.index, batch), self.device), torch.no_grad():
             _, inputs = self._evaluation_isolation.inputs(activation.values, with_graph=False)
             values, structure = flatten(self.module(unflatten(activation.structure, inputs)))
         self._evaluation_isolation.check(inputs, batch)
@@ -231,11 +235,11 @@ class Stage:
             and the output to send.
         """
         leaves = [
-            value.detach().clone().requires_grad_(not self.is_first and _has_gradient(value))
+            value.detach().clone().requires_grad_(not self.is_first and has_gradient(value))
             for value in activation.values
         ]
         inputs = [leaf.clone() for leaf in leaves]
-        stream = random_stream(stream_seed(self._seed, self.index, batch), self.device)
+        stream = random_stream(stream_seed(self.seed, self.index, batch), self.device)
         with stream, unchanged_buffers(self.module), torch.enable_grad():
             tree = unflatten(activation.structure, inputs)
             output = torch.func.functional_call(self.module, dict(weights), (tree,))
@@ -281,10 +285,15 @@ class Stage:
         """Of the first parameter group, now; None without an optimizer."""
         return None if self.optimizer is None else float(self.optimizer.param_groups[0]["lr"])
 
-    def _pass(self, stored: _StoredInput, unit: Unit, *, with_graph: bool) -> tuple[list[Tensor], Structure]:
+    def _pass(self, stored: StoredInput, unit: Unit, *, with_graph: bool) -> tuple[list[Tensor], Structure]:
         """One pass over the layers, from the stream of its own; keeps the graph if it builds one."""
-        stream = stream_seed(self._seed, self.index, *unit)
         context = self._building_graph(unit) if with_graph else unchanged_buffers(self.module)
+        return self._pass_in(context, stored, unit, with_graph=with_graph)
+
+    def _pass_in(
+        self, context: AbstractContextManager[object], stored: StoredInput, unit: Unit, *, with_graph: bool
+    ) -> tuple[list[Tensor], Structure]:
+        stream = stream_seed(self.seed, self.index, *unit)
         with random_stream(stream, self.device), context, torch.set_grad_enabled(with_graph):
             leaves, inputs = self._isolation.inputs(stored.values, with_graph=with_graph)
             output = self.module(unflatten(stored.structure, inputs))
@@ -295,6 +304,13 @@ class Stage:
         if with_graph:
             self._graphs[unit] = _Graph(leaves, values, stored.share)
         return values, structure
+
+    def rebuild_graph(self, unit: Unit, saved: Sequence[Tensor | tuple[Any, ...] | None]) -> None:
+        """Build a graph of a checkpoint again, with what autograd saved for it; see `SavedWeights.replaying`."""
+        assert self._saved_weights is not None, "only stages that keep graphs over updates have some to build again"
+        replaying = self._saved_weights.replaying(unit, saved, self._saved_tensors)
+        with unchanged_buffers(self.module):
+            self._pass_in(replaying, self._stored[unit], unit, with_graph=True)
 
     def _building_graph(self, unit: Unit) -> AbstractContextManager[object]:
         if self._saved_weights is not None:
@@ -362,40 +378,3 @@ def _saved_weights(parameters: list[nn.Parameter], program: StageProgram) -> Sav
             parameters, staleness=program.backward_lag, decay=policy.correction.discrepancy_decay
         )
     return SavedWeights(parameters, policy.weights, correction)
-
-
-def _has_gradient(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() or tensor.is_complex()
-
-
-class _Isolation:
-    """Gives layers their input so that the stored one stays as it is.
-
-    A first layer that works in place (an in-place ReLU) would change what the recompute starts from. The first pass
-    runs on copies and sees from the tensors' version counters whether that happens; only then later passes copy too.
-    """
-
-    def __init__(self, stage: int) -> None:
-        self._stage = stage
-        self._copies: bool | None = None
-        self._versions: list[int] = []
-
-    def inputs(self, stored: Sequence[Tensor], *, with_graph: bool) -> tuple[list[Tensor], list[Tensor]]:
-        """The leaves that collect gradients, and what the layers get."""
-        leaves = list(stored)
-        if with_graph:
-            leaves = [leaf.detach().requires_grad_(self._stage > 0 and _has_gradient(leaf)) for leaf in stored]
-        given = leaves if self._copies is False else [leaf.clone() for leaf in leaves]
-        self._versions = [value._version for value in given]
-        return leaves, given
-
-    def check(self, given: Sequence[Tensor], batch: int) -> None:
-        """Learn from the first pass, and hold later ones to it."""
-        changed = any(value._version != version for value, version in zip(given, self._versions, strict=True))
-        if self._copies is None:
-            self._copies = changed
-        elif changed and not self._copies:
-            raise ConfigError(
-                f"stage {self._stage} changed its input in place in batch {batch}, but not in its first batch; the "
-                "stored input of this batch is lost. Make the first layer always or never work in place."
-            )

@@ -17,6 +17,7 @@ __all__ = [
     "load_optimizer_state",
     "load_stage_state",
     "merge_optimizer_states",
+    "named_optimizer_state",
     "optimizer_state",
     "stage_state",
 ]
@@ -64,12 +65,18 @@ def load_stage_state(stage: Stage, state: Mapping[str, Tensor]) -> None:
 
 def optimizer_state(stage: Stage) -> dict[str, Any]:
     """State and parameter groups of a stage's optimizer: the layout of torch's, with names for indices."""
+    named = named_optimizer_state(stage)
+    return {**named, "state": {name: _on_cpu(values) for name, values in named["state"].items()}}
+
+
+def named_optimizer_state(stage: Stage) -> dict[str, Any]:
+    """The same by reference, not copied."""
     if stage.optimizer is None:
         return {"state": {}, "param_groups": []}
     names = _names_by_index(stage, stage.optimizer)
     packed = stage.optimizer.state_dict()
     return {
-        "state": {names[index]: _on_cpu(values) for index, values in packed["state"].items()},
+        "state": {names[index]: values for index, values in packed["state"].items()},
         "param_groups": [
             {**group, "params": [names[index] for index in group["params"]]} for group in packed["param_groups"]
         ],

@@ -11,6 +11,9 @@ Source: Jaderberg et al., arXiv:1608.05343 [S for the idea]; size, scale and opt
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -60,6 +63,7 @@ class Synthesizer:
         self._seed = seed
         self._device = device
         self._outputs: dict[int, Tensor] = {}
+        self._shape, self._dtype = torch.Size(), torch.float32
         self.module: nn.Module | None = None
         self.optimizer: torch.optim.Optimizer | None = None
         self.loss: Tensor | None = None
@@ -90,6 +94,29 @@ class Synthesizer:
         """Outputs whose gradient has not come yet."""
         return list(self._outputs.values())
 
+    def snapshot(self) -> dict[str, Any] | None:
+        """Everything that it is and holds, by reference; None before its first batch."""
+        if self.module is None or self.optimizer is None:
+            return None
+        return {
+            "shape": list(self._shape),
+            "dtype": str(self._dtype).removeprefix("torch."),
+            "module": dict(self.module.state_dict()),
+            "optimizer": self.optimizer.state_dict(),
+            "outputs": dict(self._outputs),
+            "loss": self.loss,
+        }
+
+    def restore(self, snapshot: Mapping[str, Any]) -> None:
+        """The inverse of `snapshot`."""
+        example = torch.empty(snapshot["shape"], dtype=getattr(torch, snapshot["dtype"]), device=self._device)
+        module = self._module_for(example)
+        assert self.optimizer is not None
+        module.load_state_dict(snapshot["module"])
+        self.optimizer.load_state_dict(snapshot["optimizer"])
+        self._outputs = dict(snapshot["outputs"])
+        self.loss = snapshot["loss"]
+
     def _module_for(self, output: Tensor) -> nn.Module:
         if self.module is None:
             if output.ndim < 2 or not output.is_floating_point():
@@ -97,6 +124,7 @@ class Synthesizer:
                     f"dni cannot predict the gradient of an output of shape {tuple(output.shape)} and dtype "
                     f"{output.dtype}; cut the model where a floating-point tensor of at least 2 dimensions crosses."
                 )
+            self._shape, self._dtype = output.shape, output.dtype
             with preserved_random_state(self._device):
                 torch.manual_seed(self._seed)
                 self.module = build_synthesizer(output, self._policy.hidden_layers).to(self._device, output.dtype)

@@ -11,7 +11,7 @@ from stalewise.methods.method import Method
 from stalewise.methods.one_f_one_b import OneFOneB
 from stalewise.methods.pipedream import PipeDream
 from stalewise.methods.pipemare import PipeMare
-from stalewise.methods.registry import METHOD_NAMES, build_method, method_options
+from stalewise.methods.registry import METHOD_NAMES, build_method, describe_method, method_options, rebuild_method
 
 __all__ = [
     "BP",
@@ -27,5 +27,7 @@ __all__ = [
     "PipeDream",
     "PipeMare",
     "build_method",
+    "describe_method",
     "method_options",
+    "rebuild_method",
 ]

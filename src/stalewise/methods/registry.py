@@ -22,8 +22,9 @@ from stalewise.methods.method import Method
 from stalewise.methods.one_f_one_b import OneFOneB
 from stalewise.methods.pipedream import PipeDream
 from stalewise.methods.pipemare import PipeMare
+from stalewise.protocol.staleness import Staleness
 
-__all__ = ["METHOD_NAMES", "build_method", "method_options"]
+__all__ = ["METHOD_NAMES", "build_method", "describe_method", "method_options", "rebuild_method"]
 
 _CLASSES: dict[str, type[Method]] = {
     kind.name: kind for kind in (DSP, BP, GPipe, OneFOneB, DNI, DDG, FeaturesReplay, PipeDream, PipeMare, FDG)
@@ -62,6 +63,27 @@ def build_method(name: str, *, num_stages: int, **options: Any) -> Method:
         return _build_dsp(num_stages, given)
     build: Callable[..., Method] = kind
     return build(num_stages, **given)
+
+
+def describe_method(method: Method) -> tuple[str, dict[str, Any]] | None:
+    """Name and options, JSON values, from which `rebuild_method` makes it; None for a class of the user's."""
+    if type(method) is not _CLASSES.get(method.name):
+        return None
+    options = {option: getattr(method, option) for option in method_options(method.name)}
+    return method.name, {
+        option: list(value) if isinstance(value, Staleness) else value for option, value in options.items()
+    }
+
+
+def rebuild_method(name: str, options: Mapping[str, Any], *, num_stages: int) -> Method:
+    """The inverse of `describe_method`; unlike `build_method` it takes every option as it is given.
+
+    Raises:
+        ConfigError: where the name is unknown, or an option does not fit.
+    """
+    kind, _ = _lookup(name)
+    build: Callable[..., Method] = kind
+    return build(**options) if kind is DSP else build(num_stages, **options)
 
 
 def _build_dsp(num_stages: int, options: Mapping[str, Any]) -> DSP:

@@ -19,13 +19,20 @@ import torch.distributed as dist
 from torch import Tensor
 
 from stalewise.engine.brake import Brake
-from stalewise.engine.engine import Batches, Engine
+from stalewise.engine.engine import Batches, Cut, Engine, TakeSnapshot
 from stalewise.engine.feed import Feed
 from stalewise.engine.gradient_probe import GradientProbe
 from stalewise.engine.interpreter import Interpreter
 from stalewise.engine.memory import MemoryMeter, StageUsage
 from stalewise.engine.messages import Activation
 from stalewise.engine.score import Score, mean
+from stalewise.engine.snapshot import (
+    check_stage,
+    restore_interpreter,
+    restore_stage,
+    snapshot_interpreter,
+    snapshot_stage,
+)
 from stalewise.engine.stage import Metric, Stage
 from stalewise.engine.state import (
     load_optimizer_state,
@@ -41,6 +48,7 @@ from stalewise.protocol.trace import Trace
 from stalewise.runtime.exchange import all_gather_json, all_gather_tensors, broadcast_json
 from stalewise.runtime.job import Job
 from stalewise.runtime.link import Receiver, Sender
+from stalewise.runtime.link_snapshot import LinkSnapshot, restore_links
 from stalewise.runtime.optimizer_exchange import share_optimizer_state
 from stalewise.runtime.stage_links import StageLinks
 from stalewise.runtime.wire import MessageKind
@@ -123,6 +131,7 @@ class DistributedEngine(Engine):
             job.monitor.on_failure(end.wake)
         job.monitor.publish(self._status, watch=range(job.world_size if job.rank == 0 else 0))
         self._left: Generator[Tensor, None, None] | None = None
+        self._snapshot_under_way: LinkSnapshot | None = None
         job.closers.append(
             partial(_see_last_messages, weakref.WeakMethod(self._end_left_session), self._links.receivers)
         )
@@ -192,6 +201,7 @@ class DistributedEngine(Engine):
         with self._failures_reported("end of a session"):
             self._links.answer_end(self.num_batches)
             self._links.flush()
+            self.complete_snapshots()
             if not self.batches_in_flight:
                 # The peers' ENDs are about to come; once they are here, this process may leave the group at any time.
                 for receiver in self._links.receivers:
@@ -269,6 +279,60 @@ class DistributedEngine(Engine):
         if feed is not None:
             return feed.take() if feed.another() else None
         return self._links.next_activation(batch)
+
+    @property
+    def held_stages(self) -> Sequence[Stage]:
+        return [self.stage]
+
+    def snapshot(self, take: TakeSnapshot) -> Cut:
+        self._end_left_session()
+        return super().snapshot(take)
+
+    def _snapshot(self, take: TakeSnapshot) -> None:
+        self.complete_snapshots()
+        probe = None if self._probe is None else self._probe.snapshot()
+        add_messages = take(
+            self._job.rank,
+            {
+                "stage": snapshot_stage(self.stage),
+                "interpreter": snapshot_interpreter(self._interpreter),
+                "probe": probe,
+            },
+        )
+        self._snapshot_under_way = LinkSnapshot(
+            self.program,
+            self._job.rank,
+            self._links,
+            step=self._steps,
+            num_batches=self._entered if self._is_draining else None,
+            first_batch=self._first_batch,
+            finished=add_messages,
+        )
+
+    def complete_snapshots(self) -> None:
+        if self._snapshot_under_way is not None:
+            with self._failures_reported("save"):
+                self._snapshot_under_way.complete()
+            self._snapshot_under_way = None
+
+    def check(self, stages: Mapping[int, Mapping[str, Any]]) -> None:
+        check_stage(self.stage, stages[self.stage.index]["stage"])
+
+    def _restore(self, cut: Cut, stages: Mapping[int, Mapping[str, Any]]) -> None:
+        snapshot = stages[self.stage.index]
+        restore_stage(self.stage, snapshot["stage"])
+        restore_interpreter(self._interpreter, snapshot["interpreter"])
+        if self._probe is not None and snapshot["probe"] is not None:
+            self._probe.restore(snapshot["probe"])
+        restore_links(
+            self.program,
+            self._job.rank,
+            self._links,
+            snapshot["messages"],
+            step=cut.steps,
+            num_batches=cut.entered if cut.steps > cut.entered else None,
+            first_batch=cut.first_batch,
+        )
 
     def state_dict(self) -> dict[str, Tensor]:
         self._end_left_session()

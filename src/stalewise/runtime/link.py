@@ -11,9 +11,11 @@ A session ends with an END message, so no thread is left waiting on the network 
 
 from __future__ import annotations
 
+import itertools
 import queue
 import threading
 from collections import deque
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
@@ -230,6 +232,17 @@ class Receiver:
     def skip(self) -> None:
         """Drop the frame that `peek` showed."""
         self._heads.popleft()
+
+    def ahead(self, batch: int) -> Iterator[Frame]:
+        """The next frames, which all stay; waits for each. See `get`."""
+        for position in itertools.count():
+            if position == len(self._heads):
+                self._heads.append(self._take(batch))
+            yield self._heads[position]
+
+    def preload(self, frames: Iterable[Frame]) -> None:
+        """Put frames before all that will come."""
+        self._heads.extend(frames)
 
     def get_of_kind(self, kind: MessageKind, batch: int) -> Frame:
         """The first frame of a kind; those before it stay, in their order. See `get`."""

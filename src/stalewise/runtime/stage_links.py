@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,7 +25,9 @@ from stalewise.runtime.job import Job
 from stalewise.runtime.link import Endpoint, Receiver, Sender
 from stalewise.runtime.wire import Frame, MessageKind
 
-__all__ = ["StageLinks"]
+__all__ = ["StageLinks", "activation_frame", "frame_activation", "frame_gradient", "gradient_frame"]
+
+Message = TypeVar("Message")
 
 _TAGS = {"activation": 1, "gradient": 2, "token": 3}
 
@@ -55,6 +58,8 @@ class StageLinks:
     ) -> None:
         groups = payload_groups or {}
         self._load = load
+        self.on_received: Callable[[Kind, int, int | None, Any], None] | None = None
+        """Told of every message of the program that the stage takes: kind, batch, micro-batch, message."""
 
         def endpoint(what: str, sender: int, receiver: int) -> Endpoint:
             peer = receiver if job.rank == sender else sender
@@ -120,30 +125,29 @@ class StageLinks:
     def receive_activation(self, batch: int) -> Activation:
         """From the rank above."""
         assert self.activations_in is not None
-        return _activation(self.activations_in.get(batch))
+        activation = frame_activation(self.activations_in.get(batch))
+        return self._told(Kind.RECEIVE_ACTIVATION, batch, activation.micro_batch, activation)
 
     def send_activation(self, batch: int, activation: Activation) -> None:
         """To the rank below."""
         assert self.activations_out is not None
-        self.activations_out.put(_frame(batch, activation))
+        self.activations_out.put(activation_frame(batch, activation))
 
     def receive_gradient(self, batch: int) -> Gradient:
         """From the rank below."""
-        frame = _in_flight(self.gradients_in, MessageKind.GRADIENT, batch)
-        *values, loss = frame.leaves
-        return Gradient(values, loss, frame.micro_batch)
+        gradient = frame_gradient(_in_flight(self.gradients_in, MessageKind.GRADIENT, batch))
+        return self._told(Kind.RECEIVE_GRADIENT, batch, gradient.micro_batch, gradient)
 
     def send_gradient(self, batch: int, gradient: Gradient) -> None:
         """To the rank above."""
         assert self.gradients_out is not None
-        leaves = [*gradient.values, gradient.loss]
-        self.gradients_out.put(Frame(MessageKind.GRADIENT, batch, leaves, micro_batch=gradient.micro_batch))
+        self.gradients_out.put(gradient_frame(batch, gradient))
 
     def receive_loss(self, batch: int) -> Tensor:
         """From the rank below."""
         (loss,) = _in_flight(self.gradients_in, MessageKind.LOSS, batch).leaves
         assert loss is not None
-        return loss
+        return self._told(Kind.RECEIVE_LOSS, batch, None, loss)
 
     def send_loss(self, batch: int, loss: Tensor) -> None:
         """To the rank above."""
@@ -153,11 +157,17 @@ class StageLinks:
     def receive_token(self, batch: int) -> None:
         """From the last rank."""
         _in_flight(self.tokens_in, MessageKind.TOKEN, batch)
+        self._told(Kind.RECEIVE_TOKEN, batch, None, None)
 
     def send_token(self, batch: int) -> None:
         """To rank 0."""
         assert self.tokens_out is not None
         self.tokens_out.put(Frame(MessageKind.TOKEN, batch, []))
+
+    def _told(self, kind: Kind, batch: int, micro_batch: int | None, message: Message) -> Message:
+        if self.on_received is not None:
+            self.on_received(kind, batch, micro_batch, message)
+        return message
 
     # -- the rest ------------------------------------------------------------------------------------------------
 
@@ -165,7 +175,7 @@ class StageLinks:
         """Send an activation outside the program; the gradients that come back, None on the last rank."""
         if self.activations_out is None or self.gradients_in is None:
             return None
-        self.activations_out.put(_frame(batch, output))
+        self.activations_out.put(activation_frame(batch, output))
         if ends_session:
             self.activations_out.put(Frame(MessageKind.END, batch, []))
         return self.gradients_in.get_of_kind(MessageKind.PROBE, batch).leaves
@@ -190,7 +200,7 @@ class StageLinks:
         """The activation of a batch; None where the session ends instead."""
         assert self.activations_in is not None
         frame = self.activations_in.get(batch)
-        return None if frame.kind is MessageKind.END else _activation(frame)
+        return None if frame.kind is MessageKind.END else frame_activation(frame)
 
     def flush(self) -> None:
         """Wait until everything is sent."""
@@ -198,7 +208,8 @@ class StageLinks:
             sender.flush()
 
 
-def _frame(batch: int, activation: Activation) -> Frame:
+def activation_frame(batch: int, activation: Activation) -> Frame:
+    """An activation as it travels."""
     targets, target_structure = flatten(activation.target)
     structure = [len(activation.values), activation.structure, target_structure]
     return Frame(
@@ -211,7 +222,24 @@ def _frame(batch: int, activation: Activation) -> Frame:
     )
 
 
-def _activation(frame: Frame) -> Activation:
+def gradient_frame(batch: int, gradient: Gradient) -> Frame:
+    """A gradient, and the loss that rides with it, as they travel."""
+    leaves = [*gradient.values, gradient.loss]
+    return Frame(MessageKind.GRADIENT, batch, leaves, micro_batch=gradient.micro_batch)
+
+
+def frame_gradient(frame: Frame) -> Gradient:
+    """The inverse of `gradient_frame`."""
+    *values, loss = frame.leaves
+    return Gradient(values, loss, frame.micro_batch)
+
+
+def frame_activation(frame: Frame) -> Activation:
+    """The inverse of `activation_frame`.
+
+    Raises:
+        TransportError: where the tensors do not fit the structure.
+    """
     leaves = [leaf for leaf in frame.leaves if leaf is not None]
     try:
         count, structure, target_structure = frame.structure
