@@ -13,6 +13,7 @@ from stalewise.cli.doctor import doctor
 from stalewise.cli.evaluate import evaluate
 from stalewise.cli.plan import plan
 from stalewise.cli.program import program
+from stalewise.cli.recipes import recipes
 from stalewise.cli.simulate import simulate
 from stalewise.cli.theory import theory
 from stalewise.cli.train import train
@@ -35,6 +36,7 @@ app.command()(plan)
 app.command()(program)
 app.command()(simulate)
 app.command()(doctor)
+app.command()(recipes)
 app.add_typer(theory, name="theory")
 
 

@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from stalewise.experiments.config import DISPLAYS, SCHEDULES, TrainConfig, parse_numbers, parse_options
+from stalewise.cli.recipes import use_recipe
+from stalewise.experiments.config import DISPLAYS, SCHEDULES, TrainConfig, parse_fractions, parse_numbers, parse_options
 from stalewise.experiments.run_writer import prepare_run_folder
 from stalewise.experiments.straggler_options import STRAGGLER_HELP, parse_stragglers
 from stalewise.experiments.training import run
@@ -22,6 +23,12 @@ _MODELS = f"{', '.join(available_models()[:6])}, .. or module:function of your o
 
 
 def train(
+    recipe: Annotated[
+        Text,
+        typer.Option(
+            callback=use_recipe, is_eager=True, help="Settings by name, see `stalewise recipes`; others count more."
+        ),
+    ] = None,
     model: Annotated[str, typer.Option(help=_MODELS)] = "resnet20",
     data: Annotated[
         str, typer.Option(help="digits, cifar10, cifar100, imagenet, or the path of images or parquet files.")
@@ -45,6 +52,9 @@ def train(
     lr_schedule: Annotated[
         str, typer.Option(help=f"One of {', '.join(SCHEDULES)}; stepped every update.")
     ] = "onecycle",
+    lr_milestones: Annotated[
+        str, typer.Option(help="For step: parts of the run after which the rate falls to a tenth.")
+    ] = "0.5,0.75",
     clip_grad_norm: Annotated[float | None, typer.Option(help="Largest gradient norm of each stage.")] = None,
     partition: Annotated[
         str,
@@ -105,6 +115,7 @@ def train(
         nesterov=nesterov,
         weight_decay=weight_decay,
         lr_schedule=lr_schedule,
+        lr_milestones=parse_fractions(lr_milestones, "--lr-milestones"),
         clip_grad_norm=clip_grad_norm,
         partition=cuts or "profile",
         memory_limit=memory_limit,

@@ -181,6 +181,21 @@ def parse_numbers(text: str | None, option: str) -> tuple[int, ...] | None:
     return tuple(int(entry) for entry in entries)
 
 
+def parse_fractions(text: str, option: str) -> tuple[float, ...]:
+    """`"0.5,0.75"` as (0.5, 0.75): growing parts of a run.
+
+    Raises:
+        ConfigError: naming the option, where an entry is no number between 0 and 1, or they do not grow.
+    """
+    try:
+        entries = tuple(float(entry) for entry in text.split(","))
+    except ValueError:
+        entries = ()
+    if not entries or not all(0 < entry < 1 for entry in entries) or list(entries) != sorted(set(entries)):
+        raise ConfigError(f"{option} {text!r} must be growing parts of the run, between 0 and 1, such as 0.5,0.75.")
+    return entries
+
+
 def parse_options(texts: Sequence[str]) -> dict[str, Any]:
     """`["micro_batches=8", "activations=stored"]` as a dict; numbers become numbers.
 
