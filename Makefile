@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 ARGS ?=
 JOBS ?= auto
 
-.PHONY: help setup train test test-all check format clean
+.PHONY: help setup train reproduce test test-all check format clean
 
 help:  ## Show this text
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -24,6 +24,9 @@ $(INSTALLED): pyproject.toml requirements-dev.txt
 
 train: $(INSTALLED)  ## Train ResNet-20 on handwritten digits with DSP on 3 processes; ARGS="--help" for options
 	$(BIN)/stalewise train $(ARGS)
+
+reproduce: $(INSTALLED)  ## Run all experiments at smoke scale; ARGS="--scale short --data PATH" for real ones
+	$(BIN)/stalewise reproduce all $(ARGS)
 
 test: $(INSTALLED)  ## Run the tests
 	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)

@@ -14,6 +14,7 @@ from stalewise.cli.evaluate import evaluate
 from stalewise.cli.plan import plan
 from stalewise.cli.program import program
 from stalewise.cli.recipes import recipes
+from stalewise.cli.reproduce import reproduce
 from stalewise.cli.simulate import simulate
 from stalewise.cli.theory import theory
 from stalewise.cli.train import train
@@ -37,6 +38,7 @@ app.command()(program)
 app.command()(simulate)
 app.command()(doctor)
 app.command()(recipes)
+app.command()(reproduce)
 app.add_typer(theory, name="theory")
 
 

@@ -1,0 +1,145 @@
+"""An experiment from its declaration to its report, by the code of `stalewise compare`.
+
+    OUT/PART/...                 a comparison each, as `compare` leaves it
+    OUT/images-PART/...          generated images, where a part has some
+    OUT/NAME-SCALE.csv           a line per method and part: means and deviations over seeds
+    OUT/NAME-SCALE-curves.csv    a line per epoch of each run
+    OUT/NAME-SCALE-gradients.csv a line per measurement of the gradient difference, where there are any
+    OUT/NAME-SCALE.json          scale, hardware, commit, deviations
+    OUT/NAME-SCALE-*.svg         plots
+    OUT/report.html, report.md   all of it for people
+
+Interrupted, the same call goes on with the runs that are missing.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from stalewise.errors import ConfigError
+from stalewise.experiments.compare import compare
+from stalewise.experiments.comparison_display import ComparisonDisplay
+from stalewise.experiments.experiment import Experiment, Part, Scale
+from stalewise.experiments.generated_images import generate_images
+from stalewise.experiments.results import curve_rows, gradient_rows, result_rows
+from stalewise.experiments.run_writer import write_json
+from stalewise.report.atomic import atomic_text
+from stalewise.report.comparison_data import Comparison
+from stalewise.report.experiment_report import write_experiment_report
+
+__all__ = ["reproduce", "results_files"]
+
+
+def reproduce(
+    experiment: Experiment,
+    scale: Scale,
+    path: Path,
+    *,
+    seeds: int | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    label: str = "",
+    display: ComparisonDisplay | None = None,
+) -> int:
+    """Run what is missing of an experiment and write its results; blocks until done.
+
+    Args:
+        experiment: what is asked.
+        scale: how large.
+        path: of its folder; one of the same experiment goes on.
+        seeds: runs of each row; None: the plan's own.
+        overrides: fields of `TrainConfig` that count more than the declaration.
+        label: added to the names of the files, such as "h100"; tells results of different hardware apart.
+        display: what is shown meanwhile.
+
+    Returns:
+        How many runs failed.
+
+    Raises:
+        ConfigError: where the declaration cannot be run here, or the folder holds something else.
+    """
+    plan = experiment.plan(scale)
+    configs = []
+    for part in plan.parts:
+        given = dict(overrides or {})
+        if part.generated is not None:
+            given = {**given, "data": part.settings["data"], "data_dir": str(path / f"images-{part.name}")}
+        configs.append(part.comparison(seeds=seeds or plan.seeds, overrides=given))
+    stem = f"{experiment.name}-{scale}{f'-{label}' if label else ''}"
+    found: list[tuple[Part, Comparison]] = []
+    for part, config in zip(plan.parts, configs, strict=True):
+        if part.generated is not None:
+            generate_images(path / f"images-{part.name}", part.generated)
+        found.append((part, compare(config, path / part.name, display=display)))
+        # After every part, so that an interrupted experiment has results, too.
+        _write(experiment, scale, stem, path, found, seeds or plan.seeds)
+    return sum(len(row.failures) for _, comparison in found for row in comparison.rows)
+
+
+def results_files(path: Path, target: Path) -> list[Path]:
+    """Copy the tables and plots of an experiment's folder, without its runs, and return the copies.
+
+    Raises:
+        ConfigError: where there are none.
+    """
+    files = sorted(file for file in path.glob("*-*.*") if file.suffix in (".csv", ".json", ".svg"))
+    if not files:
+        raise ConfigError(f"{path} holds no results of an experiment.")
+    target.mkdir(parents=True, exist_ok=True)
+    return [Path(shutil.copyfile(file, target / file.name)) for file in files]
+
+
+def _write(
+    experiment: Experiment, scale: Scale, stem: str, path: Path, found: Sequence[tuple[Part, Comparison]], seeds: int
+) -> None:
+    rows = [row for part, comparison in found for row in result_rows(part.name, comparison)]
+    curves = [row for part, comparison in found for row in curve_rows(part.name, comparison)]
+    gradients = [row for part, comparison in found for row in gradient_rows(part.name, comparison, path / part.name)]
+    for name, lines in ((stem, rows), (f"{stem}-curves", curves), (f"{stem}-gradients", gradients)):
+        if lines:
+            _write_csv(path / f"{name}.csv", lines)
+    first = found[0][1]
+    about = {
+        "experiment": experiment.name,
+        "scale": scale,
+        "seeds": seeds,
+        "deviations": experiment.plan(scale).deviations,
+        "machine": first.machine,
+        "devices": _environment(path, found).get("devices"),
+        "commit": _environment(path, found).get("commit"),
+        "command": first.command,
+        "parts": {part.name: dict(comparison.settings) for part, comparison in found},
+    }
+    write_json(path / f"{stem}.json", json.loads(json.dumps(about)))
+    write_experiment_report(
+        path,
+        stem,
+        title=experiment.title,
+        question=experiment.question,
+        columns=experiment.columns,
+        plots=experiment.plots,
+    )
+
+
+def _write_csv(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
+    head = list(dict.fromkeys(name for row in sorted(rows, key=len, reverse=True) for name in row))
+    with atomic_text(path) as file:
+        writer = csv.DictWriter(file, head, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _environment(path: Path, found: Sequence[tuple[Part, Comparison]]) -> dict[str, Any]:
+    """Of the first run that is done."""
+    for part, comparison in found:
+        for row in comparison.rows:
+            for run in row.runs:
+                file = path / part.name / run.folder / "environment.json"
+                if run.state == "done" and file.is_file():
+                    environment: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+                    return environment
+    return {}

@@ -1,0 +1,105 @@
+"""The comparisons of an experiment as lines of its CSV files; numbers have six digits."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from stalewise.report.comparison_data import Comparison, Spread, TableRow
+
+__all__ = ["curve_rows", "gradient_rows", "result_rows"]
+
+
+def result_rows(part: str, comparison: Comparison) -> Iterator[dict[str, str]]:
+    """A line per method: who, and mean and sample deviation of each number over its seeds."""
+    one = next((row.samples_per_s for row in comparison.rows if row.name == "one-process"), None)
+    for row in comparison.rows:
+        numbers = {
+            "loss": Spread.of(
+                next((loss for loss in reversed(curve.loss) if loss is not None), None) for curve in row.curves
+            ),
+            "accuracy": row.test_accuracy,
+            "best": row.best_accuracy,
+            "rate": row.samples_per_s,
+            "speed_up": row.speed_up,
+            "speed_up_one": _over(row.samples_per_s, one),
+            "slow_down": row.slow_down,
+            "floor": None if comparison.floor is None or row.baseline else Spread((comparison.floor,)),
+            "memory": row.memory_total,
+            "memory_stage": _largest_stage(row),
+            "gradient": _mean_over_stages(row),
+        }
+        line = {
+            "part": part,
+            "method": row.name,
+            "title": row.title,
+            "staleness": " ".join(map(str, row.staleness)),
+            "seeds": str(row.done),
+            "failed": "; ".join(run.error or "no reason was given" for run in row.failures),
+        }
+        for name, spread in numbers.items():
+            line[f"{name}_mean"] = "" if spread is None else _number(spread.mean)
+            line[f"{name}_std"] = "" if spread is None or spread.deviation is None else _number(spread.deviation)
+        yield line
+
+
+def curve_rows(part: str, comparison: Comparison) -> Iterator[dict[str, str]]:
+    """A line per epoch of each run."""
+    for row in comparison.rows:
+        done = [run for run in row.runs if run.state == "done"]
+        for run, curve in zip(done, row.curves, strict=True):
+            for epoch, time_s, loss, accuracy in zip(
+                curve.epoch, curve.time_s, curve.loss, curve.accuracy, strict=True
+            ):
+                numbers = {"time_s": time_s, "loss": loss, "accuracy": accuracy}
+                yield {
+                    "part": part,
+                    "method": row.name,
+                    "seed": str(run.seed),
+                    "epoch": str(epoch),
+                    **{name: "" if value is None else _number(value) for name, value in numbers.items()},
+                }
+
+
+def gradient_rows(part: str, comparison: Comparison, path: Path) -> Iterator[dict[str, str]]:
+    """A line per measurement of the gradient difference in each run of a comparison's folder."""
+    for row in comparison.rows:
+        for run in row.runs:
+            if run.state != "done":
+                continue
+            with (path / run.folder / "metrics.jsonl").open(encoding="utf-8") as lines:
+                records = [json.loads(line) for line in lines if '"gradient_difference"' in line]
+            for record in records:
+                yield {
+                    "part": part,
+                    "method": row.name,
+                    "seed": str(run.seed),
+                    "epoch": str(record["epoch"]),
+                    "batch": str(record["batch"]),
+                    **{
+                        f"stage{stage}": "" if value is None else _number(value)
+                        for stage, value in enumerate(record["stages"])
+                    },
+                }
+
+
+def _over(rates: Spread | None, one: Spread | None) -> Spread | None:
+    if rates is None or one is None or one.mean <= 0:
+        return None
+    return Spread(tuple(rate / one.mean for rate in rates.values))
+
+
+def _largest_stage(row: TableRow) -> Spread | None:
+    totals = [stage.measured["total"].values for stage in row.memory if "total" in stage.measured]
+    return Spread(tuple(map(max, zip(*totals, strict=True)))) if totals else None
+
+
+def _mean_over_stages(row: TableRow) -> Spread | None:
+    """Of the last measurement of every run."""
+    stages = [stage.values for stage in row.gradient_difference if stage is not None]
+    return Spread(tuple(sum(run) / len(run) for run in zip(*stages, strict=True))) if stages else None
+
+
+def _number(value: float) -> str:
+    return f"{value:.6g}"
