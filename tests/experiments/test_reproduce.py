@@ -61,6 +61,9 @@ def test_the_files_of_an_experiment(folder: Path) -> None:
     about = json.loads((folder / f"{STEM}.json").read_text())
     assert (about["scale"], about["seeds"]) == ("smoke", 2)
     assert about["machine"]["cores"]
+    assert about["parts"]["resnet8"]["data"] == "digits"
+    assert about["command"] == "stalewise reproduce gradient-difference --scale smoke --seeds 2"
+    assert str(folder) not in (folder / f"{STEM}.json").read_text()
 
 
 @pytest.mark.slow

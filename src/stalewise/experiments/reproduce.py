@@ -111,8 +111,8 @@ def _write(
         "machine": first.machine,
         "devices": _environment(path, found).get("devices"),
         "commit": _environment(path, found).get("commit"),
-        "command": first.command,
-        "parts": {part.name: dict(comparison.settings) for part, comparison in found},
+        "command": f"stalewise reproduce {experiment.name} --scale {scale} --seeds {seeds}",
+        "parts": {part.name: _without_folders(comparison.settings) for part, comparison in found},
     }
     write_json(path / f"{stem}.json", json.loads(json.dumps(about)))
     write_experiment_report(
@@ -123,6 +123,12 @@ def _write(
         columns=experiment.columns,
         plots=experiment.plots,
     )
+
+
+def _without_folders(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Results are kept with the documents; where somebody's data were is of no use there."""
+    named = {**settings, "data_dir": None}
+    return {**named, "data": Path(str(settings["data"])).name}
 
 
 def _write_csv(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
