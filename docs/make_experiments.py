@@ -24,6 +24,9 @@ Interrupted, the same command goes on. `--results experiments/results` keeps tab
 
     stalewise reproduce all --scale short --data PATH-OF-CIFAR-10-PARQUET --results experiments/results
 
+On an accelerator, `--engine sequential --device cuda:0 --label NAME` runs all stages in one process and keeps its
+files beside those of other hardware.
+
 No value of a table of the DSP paper is known here, so nothing is compared with one.
 """
 
