@@ -29,7 +29,9 @@ class _Variant(ElasticStage):
         may_forward = activation_ready and self.in_flight <= self.bound
         if may_forward and self.below and self.wants_forward_first():
             return Kind.FORWARD
-        return super().next_action(activation_ready=False) or (Kind.FORWARD if may_forward else None)
+        if may_forward and self.received == self.backwarded:
+            return Kind.FORWARD
+        return super().next_action(activation_ready=False)
 
 
 class Greedy(_Variant):
@@ -41,11 +43,6 @@ class Greedy(_Variant):
 
     def wants_forward_first(self) -> bool:
         return False
-
-    def next_action(self, activation_ready: bool) -> Kind | None:
-        if self.received == self.backwarded and activation_ready and self.in_flight <= self.bound:
-            return Kind.FORWARD
-        return super().next_action(activation_ready)
 
 
 class AlwaysDeep(Greedy):
