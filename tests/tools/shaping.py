@@ -81,6 +81,7 @@ class Direction:
         self._random = random.Random(f"{shape.seed} {name}")
         self._on_the_way: deque[tuple[int, bytes]] = deque()
         self._line_free_ns = 0
+        self._last_due_ns = 0
 
     def offer(self, packet: bytes, now_ns: int) -> None:
         """A packet comes."""
@@ -94,7 +95,8 @@ class Direction:
             self.counts.overflowed += 1
         else:
             self._line_free_ns = max(now_ns, self._line_free_ns) + self._on_the_line_ns(len(packet))
-            self._on_the_way.append((self._line_free_ns + self._delay_ns, packet))
+            self._last_due_ns = max(self._line_free_ns + self._delay_ns, self._last_due_ns)
+            self._on_the_way.append((self._last_due_ns, packet))
 
     def due(self, now_ns: int) -> Iterator[bytes]:
         """What has arrived, in order."""
@@ -114,6 +116,12 @@ class Direction:
             self.counts.cut += len(self._on_the_way)
             self._on_the_way.clear()
             self._line_free_ns = 0
+            self._last_due_ns = 0
+
+    def reshape(self, shape: Shape) -> None:
+        """Another delay, rate, loss and queue from now on; packets stay in order. The seed stays that of the first."""
+        self._shape = shape
+        self._delay_ns = round(1e9 * shape.delay_s)
 
     def _on_the_line_ns(self, size: int) -> int:
         rate = self._shape.rate_bits_per_s

@@ -75,6 +75,17 @@ def test_down_loses_what_is_on_its_way_and_what_comes() -> None:
     assert direction.counts.as_json() == {"delivered": 1, "lost": 0, "overflowed": 0, "cut": 2}
 
 
+def test_another_shape_keeps_the_order() -> None:
+    direction = Direction(Shape(delay_s=0.02), "there")
+    direction.offer(b"slow", 0)
+    direction.reshape(Shape())
+    direction.offer(b"behind it", 1 * MS)
+    assert arrivals(direction, 20 * MS - 1) == []
+    assert arrivals(direction, 99 * MS) == [(20 * MS, b"slow"), (20 * MS, b"behind it")]
+    direction.offer(b"quick", 30 * MS)
+    assert arrivals(direction, 99 * MS) == [(30 * MS, b"quick")]
+
+
 def test_being_down_moves_no_loss_to_another_packet() -> None:
     direction = Direction(Shape(loss=0.3), "there")
     kept = []

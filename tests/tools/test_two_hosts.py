@@ -193,4 +193,6 @@ with TwoHosts(Shape()) as hosts:
 
 def test_an_unknown_command() -> None:
     with TwoHosts(Shape()) as hosts:
-        assert hosts._ask("sideways") == {"error": "no command is called 'sideways'; there are down, up and counts"}
+        assert hosts._ask("sideways") == {
+            "error": "no command is called 'sideways'; there are down, up, counts and shapes"
+        }

@@ -3,8 +3,9 @@ r"""A link between two network namespaces in user space: a TUN device in each, a
     python -m tools.tun_link \
         '{"namespaces": ["/proc/7/ns/net", "/proc/9/ns/net"], "device": "link0", "shape": {"delay_s": 0.02}}'
 
-It prints "ready" once both devices exist. Each line of its input is a command: "down", "up", "counts"; each is answered
-by a line with the packets of both directions so far, as JSON. It ends, and the devices with it, when its input ends.
+It prints "ready" once both devices exist. Each line of its input is a command: "down", "up", "counts", or a new shape
+as JSON; each is answered by a line with the packets of both directions so far, as JSON. It ends, and the devices with
+it, when its input ends.
 Needs root on Linux; knows nothing but Python's own library.
 """
 
@@ -76,8 +77,11 @@ class Link:
         if command in ("down", "up"):
             for direction in self.directions:
                 direction.switch(command == "up")
+        elif command.startswith("{"):
+            for direction in self.directions:
+                direction.reshape(Shape(**json.loads(command)))
         elif command != "counts":
-            return json.dumps({"error": f"no command is called {command!r}; there are down, up and counts"})
+            return json.dumps({"error": f"no command is called {command!r}; there are down, up, counts and shapes"})
         return json.dumps([direction.counts.as_json() for direction in self.directions])
 
     def run(self) -> None:

@@ -155,6 +155,10 @@ class TwoHosts:
         """Carry packets again."""
         self._ask("up")
 
+    def reshape(self, shape: Shape) -> None:
+        """Another delay, rate, loss and queue from now on; the devices keep their largest packet."""
+        self._ask(json.dumps(asdict(shape)))
+
     def counts(self) -> tuple[dict[str, int], dict[str, int]]:
         """Packets from host-a to host-b, and back: see `shaping.Counts`."""
         there, back = self._ask("counts")
