@@ -62,31 +62,32 @@ class Ended:
     folder: Path
 
 
-def run_jobs(jobs: dict[str, Job], folder: Path, *, at_once: int) -> dict[str, Ended]:
+def run_jobs(jobs: dict[str, Job], folder: Path, *, at_once: int, max_restarts: int = 0) -> dict[str, Ended]:
     """Run jobs beside each other.
 
     Args:
         jobs: by name.
         folder: gets a folder per job.
         at_once: how many run at a time.
+        max_restarts: see `launch`.
     """
     with ThreadPoolExecutor(at_once) as pool:
         futures = {}
         for name, (main, num_workers, args) in jobs.items():
             own = folder / name.replace(" ", "-")
             own.mkdir()
-            futures[name] = pool.submit(run_job, main, num_workers, args, own)
+            futures[name] = pool.submit(run_job, main, num_workers, args, own, max_restarts)
         return {name: future.result() for name, future in futures.items()}
 
 
-def run_job(main: str, num_workers: int, args: Sequence[Any], folder: Path) -> Ended:
+def run_job(main: str, num_workers: int, args: Sequence[Any], folder: Path, max_restarts: int = 0) -> Ended:
     """Run one job to its end and look what is left of it; see `run_jobs`."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    parent = context.Process(target=_parent, args=(main, num_workers, list(args), str(folder)))
+    parent = context.Process(target=_parent, args=(main, num_workers, list(args), str(folder), max_restarts))
     parent.start()
     assert parent.pid is not None
-    parent.join(JOB_TIMEOUT_S)
+    parent.join(JOB_TIMEOUT_S * (1 + max_restarts))
     left = wait_until_gone(left_in_session(parent.pid), LEFT_TIMEOUT_S)
     gone = time.monotonic()
     for pid in left:
@@ -149,7 +150,7 @@ def wait_until_gone(pids: Iterable[int], timeout_s: float) -> list[int]:
 # -- in the parent of a job --------------------------------------------------------------------------------------
 
 
-def _parent(main: str, num_workers: int, args: list[Any], folder: str) -> None:
+def _parent(main: str, num_workers: int, args: list[Any], folder: str, max_restarts: int) -> None:
     from stalewise.runtime import launch as launcher
 
     os.setsid()
@@ -161,9 +162,9 @@ def _parent(main: str, num_workers: int, args: list[Any], folder: str) -> None:
     launcher.subprocess = SimpleNamespace(Popen=_ForkedWorker, PIPE=-1)
     module, _, name = main.partition(":")
     function: Callable[..., object] = getattr(importlib.import_module(module), name)
-    _ForkedWorker.fork(num_workers)
+    _ForkedWorker.fork(num_workers * (max_restarts + 1))
     try:
-        launcher.launch(function, num_workers=num_workers, args=[folder, *args])
+        launcher.launch(function, num_workers=num_workers, args=[folder, *args], max_restarts=max_restarts)
     except BaseException as error:
         outcome = {"error": type(error).__name__, "message": str(error), "cause_type": getattr(error, "cause_type", "")}
         Path(folder, "outcome.json").write_text(json.dumps(outcome))

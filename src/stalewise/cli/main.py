@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 
 from stalewise._version import __version__
+from stalewise.cli.checkpoint import checkpoint
 from stalewise.cli.compare import compare
 from stalewise.cli.doctor import doctor
 from stalewise.cli.evaluate import evaluate
@@ -18,7 +19,7 @@ from stalewise.cli.reproduce import reproduce
 from stalewise.cli.simulate import simulate
 from stalewise.cli.theory import theory
 from stalewise.cli.train import train
-from stalewise.errors import ConfigError, DataError, PlanError, StalewiseError, WorkerError
+from stalewise.errors import CheckpointError, ConfigError, DataError, PlanError, StalewiseError, WorkerError
 
 __all__ = ["app", "run"]
 
@@ -39,6 +40,7 @@ app.command()(simulate)
 app.command()(doctor)
 app.command()(recipes)
 app.command()(reproduce)
+app.add_typer(checkpoint, name="checkpoint")
 app.add_typer(theory, name="theory")
 
 
@@ -57,13 +59,16 @@ def run() -> None:
     except ConfigError as error:
         _fail(error, 2)
     except WorkerError as error:
-        wrong_input = error.cause_type in (kind.__name__ for kind in (ConfigError, PlanError, DataError))
+        wrong_input = error.cause_type in _WRONG_INPUT
         _fail(error.cause if wrong_input else error, 2 if wrong_input else 1)
     except StalewiseError as error:
         _fail(error, 1)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
+
+
+_WRONG_INPUT = frozenset(kind.__name__ for kind in (ConfigError, PlanError, DataError, CheckpointError))
 
 
 def _fail(error: object, code: int) -> None:

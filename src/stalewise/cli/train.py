@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from stalewise.cli.recipes import use_recipe
+from stalewise.cli.resumed import given_options, resumed_config
 from stalewise.experiments.config import DISPLAYS, SCHEDULES, TrainConfig, parse_fractions, parse_numbers, parse_options
 from stalewise.experiments.run_writer import prepare_run_folder
 from stalewise.experiments.straggler_options import STRAGGLER_HELP, parse_stragglers
@@ -23,6 +24,7 @@ _MODELS = f"{', '.join(available_models()[:6])}, .. or module:function of your o
 
 
 def train(
+    context: typer.Context,
     recipe: Annotated[
         Text,
         typer.Option(
@@ -93,6 +95,20 @@ def train(
         typer.Option(help="Measure each stage's distance from the gradient of backpropagation every so many batches."),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder; default: runs/MODEL-DATA-METHOD-TIME.")] = None,
+    checkpoint_every: Annotated[
+        int | None, typer.Option(help="Save everything every so many batches, into checkpoints/ of the run folder.")
+    ] = None,
+    keep: Annotated[int, typer.Option(help="How many of the newest checkpoints stay.")] = 3,
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            help="Go on with the run in this folder from its newest checkpoint, as it was configured; of other options "
+            "only those of the pipeline may be given."
+        ),
+    ] = None,
+    max_restarts: Annotated[
+        int, typer.Option(help="Start again from the newest checkpoint so often after a stage failed.", min=0)
+    ] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete an older run in the folder.")] = False,
     display: Annotated[str, typer.Option(help=f"One of {', '.join(DISPLAYS)}.")] = "auto",
     json: Annotated[bool, typer.Option("--json", help="Print JSON lines; the same as --display json.")] = False,
@@ -138,10 +154,15 @@ def train(
         gradient_difference_every=gradient_difference_every,
         display="json" if json else display,
         stragglers=parse_stragglers(straggler or []),
+        checkpoint_every=checkpoint_every,
+        keep=keep,
     )
+    if resume is not None:
+        run(resumed_config(resume, config, given_options(context)), resume, resume=True, max_restarts=max_restarts)
+        return
     folder = out or _default_folder(config)
     prepare_run_folder(folder, overwrite=overwrite)
-    run(config, folder)
+    run(config, folder, max_restarts=max_restarts)
 
 
 def _default_folder(config: TrainConfig) -> Path:

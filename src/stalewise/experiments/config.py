@@ -60,6 +60,8 @@ class TrainConfig:
         measure_memory: keep what every stage holds at most in the summary.
         gradient_difference_every: batches between measurements of the gradient difference, or None.
         display: of `DISPLAYS`.
+        checkpoint_every: batches between checkpoints, or None.
+        keep: how many of the newest checkpoints stay.
         stragglers: steps that are slow on purpose.
 
     Raises:
@@ -100,6 +102,8 @@ class TrainConfig:
     measure_memory: bool = False
     gradient_difference_every: int | None = None
     display: str = "auto"
+    checkpoint_every: int | None = None
+    keep: int = 3
     stragglers: tuple[Straggler, ...] = ()
 
     def __post_init__(self) -> None:
@@ -108,10 +112,11 @@ class TrainConfig:
             ("epochs", 1),
             ("batch_size", 1),
             ("evaluate_every", 1),
+            ("keep", 1),
             ("seed", 0),
         ):
             _check_number(name, getattr(self, name), least, whole=True)
-        for name in ("train_limit", "test_limit", "threads", "gradient_difference_every"):
+        for name in ("train_limit", "test_limit", "threads", "gradient_difference_every", "checkpoint_every"):
             if getattr(self, name) is not None:
                 _check_number(name, getattr(self, name), 1, whole=True)
         for name in ("lr", "momentum", "weight_decay", "loader_workers", "recv_timeout_s"):

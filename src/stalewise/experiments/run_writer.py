@@ -4,7 +4,7 @@ config.json        the `TrainConfig`                     environment.json   vers
 partition.json     the cuts, and what was measured       metrics.jsonl      a JSON object per batch and epoch
 summary.json       the result                            model.safetensors  the unsplit model, original names
 timeline/          every action of every stage (.npz)    trace.json         the same for Perfetto
-report.html        all of it for people
+report.html        all of it for people                 checkpoints/       to resume from, with `--checkpoint-every`
 """
 
 from __future__ import annotations
@@ -74,11 +74,13 @@ class RunWriter:
 
     Args:
         path: the run folder.
+        beginning: what the file begins with, where a run is resumed.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, beginning: bytes = b"") -> None:
         self.path = path
-        self._metrics = (path / "metrics.jsonl").open("w", encoding="utf-8")
+        self._metrics = (path / "metrics.jsonl").open("wb")
+        self._metrics.write(beginning)
 
     def __enter__(self) -> RunWriter:
         return self
@@ -90,8 +92,9 @@ class RunWriter:
 
     def add(self, record: dict[str, Any]) -> None:
         """Append one record."""
-        self._metrics.write(json.dumps(record) + "\n")
+        self._metrics.write(json.dumps(record).encode() + b"\n")
 
-    def flush(self) -> None:
-        """Bring what was added to the file."""
+    def flush(self) -> int:
+        """Bring what was added to the file; its size in bytes."""
         self._metrics.flush()
+        return self._metrics.tell()

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from stalewise.experiments.config import TrainConfig
 from stalewise.experiments.display import Display, make_display
 from stalewise.experiments.environment import describe_environment, typed_command
 from stalewise.experiments.optimizers import optimizer_recipe, schedule_recipe
+from stalewise.experiments.run_checkpoints import Progress, RunCheckpoints
 from stalewise.experiments.run_model import build_run_model
 from stalewise.experiments.run_plan import predict_step
 from stalewise.experiments.run_writer import RunWriter, write_json, write_timeline
@@ -29,7 +31,7 @@ from stalewise.protocol.actions import Kind
 from stalewise.protocol.bottleneck import BottleneckWatch
 from stalewise.report import Timeline, write_chrome_trace, write_report
 from stalewise.runtime.allocator import keep_freed_memory
-from stalewise.runtime.job import in_launched_job
+from stalewise.runtime.job import in_launched_job, restart_count
 from stalewise.runtime.launch import launch
 
 __all__ = ["accuracy", "run", "train_worker"]
@@ -46,8 +48,14 @@ def accuracy(output: Tensor, target: Tensor) -> Tensor:
     return (output.argmax(dim=1) == target).float().mean()
 
 
-def run(config: TrainConfig, path: Path) -> None:
-    """Train as configured and fill the run folder, which exists and is empty. Blocks until done.
+def run(config: TrainConfig, path: Path, *, resume: bool = False, max_restarts: int = 0) -> None:
+    """Train as configured and fill the run folder. Blocks until done.
+
+    Args:
+        config: of the run.
+        path: of its folder, which exists; it is empty but where the run is resumed.
+        resume: go on from the newest checkpoint in the folder.
+        max_restarts: how often the job starts again, from its newest checkpoint, after a worker failed.
 
     Raises:
         ConfigError: where the configuration, model or data are not valid.
@@ -56,17 +64,23 @@ def run(config: TrainConfig, path: Path) -> None:
     write_json(path / "config.json", config.as_dict())
     if config.engine == "sequential":
         keep_freed_memory()
-        train_worker(str(path), typed_command())
+        train_worker(str(path), typed_command(), resume)
     else:
-        launch(train_worker, num_workers=config.stages, args=[str(path), typed_command()])
+        launch(
+            train_worker,
+            num_workers=config.stages,
+            args=[str(path), typed_command(), resume],
+            max_restarts=max_restarts,
+        )
 
 
-def train_worker(folder: str, command: str) -> None:
+def train_worker(folder: str, command: str, resume: bool = False) -> None:
     """What each rank does.
 
     Args:
         folder: of the run; holds its configuration.
         command: by which the run was started, for the record.
+        resume: whether to go on from the newest checkpoint; a job that was started again always does.
     """
     path = Path(folder)
     config = TrainConfig.read(path / "config.json")
@@ -99,21 +113,39 @@ def train_worker(folder: str, command: str) -> None:
         stragglers=config.stragglers,
         autocast=config.autocast,
     )
+    checkpoints = RunCheckpoints(config, pipeline, path)
+    resumes = resume or restart_count() > 0
+    if resumes:
+        checkpoints.resume()
     if pipeline.rank == 0:
+        if resumes:
+            print(f"stalewise: {checkpoints.tell()}", file=sys.stderr, flush=True)
         write_json(path / "environment.json", describe_environment(command, pipeline.devices, threads))
-        with make_display(config.display, path) as display, RunWriter(path) as writer:
-            summary = _Recorder(config, data, pipeline, num_batches, writer, display).train()
+        with (
+            make_display(config.display, path) as display,
+            RunWriter(path, beginning=checkpoints.metrics()) as writer,
+        ):
+            summary = _Recorder(config, data, pipeline, num_batches, writer, display, checkpoints).train()
             display.end(summary)
             _finish(path, pipeline, display, {**summary, **_usage(config, pipeline)})
     else:
-        for epoch in range(config.epochs):
-            evaluates = _evaluates_after(config, epoch)
-            for _ in pipeline.train(drain=evaluates):
-                pass
-            if evaluates:
-                pipeline.evaluate(None, accuracy)
+        _follow(config, pipeline, checkpoints)
         _usage(config, pipeline)
         _finish(path, pipeline, None, {})
+
+
+def _follow(config: TrainConfig, pipeline: Pipeline, checkpoints: RunCheckpoints) -> None:
+    """What ranks above 0 do in the epochs."""
+    progress = checkpoints.progress
+    batch = progress.batch + checkpoints.losses_on_the_way
+    for epoch in range(progress.epoch, config.epochs):
+        evaluates = _evaluates_after(config, epoch)
+        for _ in pipeline.train(drain=evaluates):
+            batch += 1
+            if checkpoints.is_due(batch):
+                checkpoints.save(Progress(epoch=epoch, batch=batch))
+        if evaluates:
+            pipeline.evaluate(None, accuracy)
 
 
 def default_threads(config: TrainConfig) -> int:
@@ -135,6 +167,7 @@ class _Recorder:
         num_batches: int,
         writer: RunWriter,
         display: Display,
+        checkpoints: RunCheckpoints,
     ) -> None:
         self._config = config
         self._data = data
@@ -142,9 +175,15 @@ class _Recorder:
         self._num_batches = num_batches
         self._writer = writer
         self._display = display
-        self._start = time.perf_counter()
-        self._batch = 0
-        self._measured = 0
+        self._checkpoints = checkpoints
+        self._progress = progress = checkpoints.progress
+        self._start = time.perf_counter() - progress.elapsed_s
+        self._epoch_begin_s = progress.elapsed_s - progress.epoch_s
+        self._batch = progress.batch
+        self._measured = progress.measured
+        self._losses: list[float] = list(progress.losses)
+        self._training_s = progress.training_s
+        self._keeps_partition = checkpoints.point is None or not checkpoints.point.exact
         locked = config.engine == "sequential" or 0 in config.build_method().staleness.slack[:-1]
         self._watch = BottleneckWatch(config.stages, locked=locked)
 
@@ -152,14 +191,12 @@ class _Recorder:
         """Train all epochs and return the summary."""
         config = self._config
         self._display.begin(config, self._num_batches, len(self._data.train))
-        training_s = 0.0
         result: dict[str, Any] = {}
-        for epoch in range(config.epochs):
-            begin = time.perf_counter()
+        for epoch in range(self._progress.epoch, config.epochs):
             evaluates = _evaluates_after(config, epoch)
             mean_loss = self._train_epoch(epoch, drain=evaluates)
-            epoch_s = time.perf_counter() - begin
-            training_s += epoch_s
+            epoch_s = self._elapsed() - self._epoch_begin_s
+            self._training_s += epoch_s
             result = {
                 "event": "epoch",
                 "epoch": epoch + 1,
@@ -172,37 +209,59 @@ class _Recorder:
             }
             self._record(result)
             self._writer.flush()
+            self._epoch_begin_s = self._elapsed()
         return {
             "test_accuracy": result["test_accuracy"],
             "train_loss": result["train_loss"],
             "wall_time_s": self._elapsed(),
-            "training_s": training_s,
-            "samples_per_s": config.epochs * len(self._data.train) / training_s,
+            "training_s": self._training_s,
+            "samples_per_s": config.epochs * len(self._data.train) / self._training_s,
             "batches": self._batch,
             "epochs": config.epochs,
         }
 
     def _train_epoch(self, epoch: int, *, drain: bool) -> float | None:
         """Mean loss of the batches whose losses came in this epoch; batches left in flight count in the next."""
-        losses = []
-        for loss in self._pipeline.train(_training_batches(self._config, self._data, epoch), drain=drain):
-            if self._batch == 0 and self._pipeline.partition is not None:
-                self._keep_partition()
-            losses.append(loss)
-            self._record(
-                {
-                    "event": "batch",
-                    "epoch": self._batch // self._num_batches + 1,
-                    "batch": self._batch,
-                    "loss": loss,
-                    "lr": self._pipeline.learning_rate,
-                    "time_s": self._elapsed(),
-                }
-            )
-            self._batch += 1
+        start = self._checkpoints.start_batch(epoch)
+        batches: Any = () if start is None else _training_batches(self._config, self._data, epoch, start_batch=start)
+        for loss in self._checkpoints.take_losses_on_the_way():
+            self._record_loss(loss)
+        for loss in self._pipeline.train(batches, drain=drain):
+            self._record_loss(loss)
             self._record_gradient_differences()
             self._name_bottleneck()
+            if self._checkpoints.is_due(self._batch):
+                self._checkpoints.save(self._progress_in(epoch))
+        losses, self._losses = self._losses, []
         return sum(losses) / len(losses) if losses else None
+
+    def _record_loss(self, loss: float) -> None:
+        if self._keeps_partition and self._pipeline.partition is not None:
+            self._keep_partition()
+        self._losses.append(loss)
+        self._record(
+            {
+                "event": "batch",
+                "epoch": self._batch // self._num_batches + 1,
+                "batch": self._batch,
+                "loss": loss,
+                "lr": self._pipeline.learning_rate,
+                "time_s": self._elapsed(),
+            }
+        )
+        self._batch += 1
+
+    def _progress_in(self, epoch: int) -> Progress:
+        return Progress(
+            epoch=epoch,
+            batch=self._batch,
+            losses=tuple(self._losses),
+            measured=self._measured,
+            training_s=self._training_s,
+            epoch_s=self._elapsed() - self._epoch_begin_s,
+            elapsed_s=self._elapsed(),
+            metrics_size=self._writer.flush(),
+        )
 
     def _record_gradient_differences(self) -> None:
         for batch, stages in self._pipeline.gradient_differences[self._measured :]:
@@ -230,6 +289,7 @@ class _Recorder:
             )
 
     def _keep_partition(self) -> None:
+        self._keeps_partition = False
         partition = self._pipeline.partition
         assert partition is not None
         fixed = isinstance(self._config.partition, tuple)
@@ -261,7 +321,7 @@ class _Recorder:
         return time.perf_counter() - self._start
 
 
-def _training_batches(config: TrainConfig, data: DataSplit, epoch: int) -> Batches:
+def _training_batches(config: TrainConfig, data: DataSplit, epoch: int, *, start_batch: int = 0) -> Batches:
     return Batches(
         data.train,
         data.mean,
@@ -272,6 +332,7 @@ def _training_batches(config: TrainConfig, data: DataSplit, epoch: int) -> Batch
         shuffle=True,
         augment=config.augment,
         num_workers=config.loader_workers,
+        start_batch=start_batch,
     )
 
 
@@ -301,17 +362,20 @@ def _step_times(pipeline: Pipeline, timeline: Timeline) -> dict[str, float | Non
 
 def _finish(path: Path, pipeline: Pipeline, display: Display | None, summary: dict[str, Any]) -> None:
     """Rank 0 leaves the model, the timeline of all ranks, and what is made for people."""
+    pipeline.wait_saved()
     traces, state = pipeline.traces(), pipeline.state_dict()
     if display is None:
         return
-    write_timeline(path, traces)
-    timeline = Timeline.from_traces(traces)
-    summary = {**summary, **_step_times(pipeline, timeline)}
+    records = sum(map(len, traces))
+    if records:
+        # None in a run that was resumed after its last step.
+        write_timeline(path, traces)
+        timeline = Timeline.from_traces(traces)
+        summary = {**summary, **_step_times(pipeline, timeline)}
+        steps = sum(span.kind is Kind.UPDATE for span in traces[0])
+        window = timeline.window(steps * MAX_TRACE_RECORDS // records) if records > MAX_TRACE_RECORDS else None
+        write_chrome_trace(timeline, path / "trace.json", window=window)
     write_json(path / "summary.json", summary)
     save_file({name: value.contiguous() for name, value in state.items()}, path / "model.safetensors")
-    records = sum(map(len, traces))
-    steps = sum(span.kind is Kind.UPDATE for span in traces[0])
-    window = timeline.window(steps * MAX_TRACE_RECORDS // records) if records > MAX_TRACE_RECORDS else None
-    write_chrome_trace(timeline, path / "trace.json", window=window)
     write_report(path)
     display.finished(path, summary)

@@ -43,9 +43,14 @@ CAUSE_WAIT_S = 1.5
 """How long a worker that lost a peer waits for the peer's own account of it."""
 
 
-def failure_key() -> str:
-    """Where the record of the first failure lies in the store."""
-    return f"stalewise/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/failure"
+def failure_key(restart: int | None = None) -> str:
+    """Where the record of the first failure lies in the store.
+
+    Args:
+        restart: how often the job was started before; None: as the environment of this worker says.
+    """
+    count = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if restart is None else restart
+    return f"stalewise/{count}/failure"
 
 
 def describe_failure(record: dict[str, Any]) -> str:

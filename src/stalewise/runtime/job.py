@@ -26,7 +26,7 @@ from stalewise.runtime.allocator import keep_freed_memory
 from stalewise.runtime.exchange import all_gather_json
 from stalewise.runtime.failure import Monitor, connect_to_store, failure_header, record_failure
 
-__all__ = ["Job", "Member", "current_job", "in_launched_job", "leave_job", "report_failure"]
+__all__ = ["Job", "Member", "current_job", "in_launched_job", "leave_job", "report_failure", "restart_count"]
 
 GROUP_TIMEOUT = timedelta(days=7)
 """Of collectives and messages; stalls are found by the receivers' own timeout, deaths by the monitor."""
@@ -212,6 +212,11 @@ def _receive_number(rank: int, group: dist.ProcessGroup) -> int:
     received: Tensor = torch.zeros(1, dtype=torch.int64)
     dist.recv(received, rank, group=group)
     return int(received.item())
+
+
+def restart_count() -> int:
+    """How often this job was started again; 0 in its first life."""
+    return environment_number("TORCHELASTIC_RESTART_COUNT") or 0
 
 
 def environment_number(name: str) -> int | None:

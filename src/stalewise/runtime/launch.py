@@ -27,7 +27,7 @@ from typing import Any
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from stalewise.errors import ConfigError, WorkerError
+from stalewise.errors import CheckpointError, ConfigError, DataError, PlanError, ProgramError, WorkerError
 from stalewise.runtime.allocator import allocator_environment
 from stalewise.runtime.child import CHILD_VARIABLE, run_child
 from stalewise.runtime.failure import describe_failure, failure_key
@@ -40,10 +40,13 @@ MAX_SETTINGS_BYTES = 100_000
 TERMINATE_S = 3.0
 """Between asking the workers to end and ending them."""
 
+_FINAL = frozenset(kind.__name__ for kind in (ConfigError, PlanError, DataError, CheckpointError, ProgramError))
+"""Causes that would only come again."""
+
 _launches = 0
 
 
-def launch(main: Callable[..., object], *, num_workers: int, args: Sequence[Any] = ()) -> None:
+def launch(main: Callable[..., object], *, num_workers: int, args: Sequence[Any] = (), max_restarts: int = 0) -> None:
     """Run `main(*args)` in `num_workers` local processes, one per stage, and wait for them.
 
     Under torchrun, whose processes exist already, it just calls `main`. Each worker imports the module that defines
@@ -55,6 +58,9 @@ def launch(main: Callable[..., object], *, num_workers: int, args: Sequence[Any]
         main: a function at the top level of a module or script.
         num_workers: K.
         args: for `main`; JSON values.
+        max_restarts: how often all workers are started again after one failed, but for errors in what was asked for
+            (`ConfigError`). `main` begins anew then; `Pipeline.resume(.., missing_ok=True)` at its start takes up the
+            newest checkpoint. torchrun has an option of the same name and the same effect.
 
     Raises:
         ConfigError: where `main` cannot be found by another process, such as a closure or a notebook's function.
@@ -89,7 +95,24 @@ def launch(main: Callable[..., object], *, num_workers: int, args: Sequence[Any]
             f"launch cannot pass its args on: they take {size} bytes, and the environment of a process holds "
             f"{MAX_SETTINGS_BYTES}. Write them to a file and pass its name."
         )
-    _Workers(settings, num_workers).wait()
+    _check_restarts(max_restarts)
+    for restart in range(max_restarts + 1):
+        try:
+            _Workers(settings, num_workers, restart=restart).wait()
+            return
+        except WorkerError as error:
+            if restart == max_restarts or error.cause_type in _FINAL:
+                raise
+            print(
+                f"stalewise: {str(error).rstrip()}\nstalewise: starting again, {restart + 1} of {max_restarts}",
+                file=sys.stderr,
+                flush=True,
+            )
+
+
+def _check_restarts(max_restarts: object) -> None:
+    if isinstance(max_restarts, bool) or not isinstance(max_restarts, int) or max_restarts < 0:
+        raise ConfigError(f"max_restarts is {max_restarts!r}; it must be a whole number of at least 0.")
 
 
 def _where_to_find(main: Callable[..., object]) -> dict[str, str]:
@@ -128,9 +151,16 @@ def _this_script(name: str) -> dict[str, str]:
 
 
 class _Workers:
-    """The processes of one launch."""
+    """The processes of one launch.
 
-    def __init__(self, settings: dict[str, Any], num_workers: int) -> None:
+    Args:
+        settings: for each of them.
+        num_workers: K.
+        restart: how often they were started before.
+    """
+
+    def __init__(self, settings: dict[str, Any], num_workers: int, *, restart: int) -> None:
+        self._restart = restart
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
         threads = max(1, (os.cpu_count() or 1) // num_workers)
         environment = {
@@ -143,6 +173,7 @@ class _Workers:
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(self._store.port),
             "TORCHELASTIC_USE_AGENT_STORE": "True",
+            "TORCHELASTIC_RESTART_COUNT": str(restart),
             "WORLD_SIZE": str(num_workers),
             "LOCAL_WORLD_SIZE": str(num_workers),
         }
@@ -195,7 +226,7 @@ class _Workers:
             "message": ended,
             "traceback": ended,
         }
-        stored = json.loads(self._store.compare_set(failure_key(), "", json.dumps(record)))
+        stored = json.loads(self._store.compare_set(failure_key(self._restart), "", json.dumps(record)))
         if stored["type"] == "Exited":
             return WorkerError(f"{ended} Look at its output above.", cause_type="Exited", cause=ended)
         if name and stored["type"] in ("Killed", "PeerLost"):

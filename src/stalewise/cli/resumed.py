@@ -1,0 +1,63 @@
+"""The configuration of `stalewise train --resume`: that of the run, and what the user gave anew."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from stalewise.errors import ConfigError
+from stalewise.experiments.config import TrainConfig
+
+__all__ = ["given_options", "resumed_config"]
+
+_FIELDS = {"option": "options", "recv_timeout": "recv_timeout_s", "json": "display", "straggler": "stragglers"}
+_NOT_OF_THE_RUN = {"resume", "max_restarts"}
+_PIPELINE = {"method", "stages", "queue", "staleness", "options", "partition", "memory_limit"}
+_CHANGEABLE = _PIPELINE | {
+    "engine",
+    "device",
+    "threads",
+    "loader_workers",
+    "recv_timeout_s",
+    "display",
+    "checkpoint_every",
+    "keep",
+    "data_dir",
+    "stragglers",
+}
+
+
+def given_options(context: typer.Context) -> set[str]:
+    """The fields of `TrainConfig` whose options stand on the command line."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    given = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+    return {_FIELDS.get(name, name) for name in given - _NOT_OF_THE_RUN}
+
+
+def resumed_config(folder: Path, typed: TrainConfig, given: set[str]) -> TrainConfig:
+    """The configuration with which a run goes on.
+
+    Args:
+        folder: of the run.
+        typed: what the command line says, defaults included.
+        given: fields that it really says.
+
+    Raises:
+        ConfigError: where the folder is not that of a run, or an option would make it another run.
+    """
+    config = TrainConfig.read(folder / "config.json")
+    for name in sorted(given - _CHANGEABLE):
+        option = "--" + name.replace("_", "-")
+        raise ConfigError(
+            f"{option} cannot be given with --resume: the run in {folder} was begun with its own, and goes on with it. "
+            f"Leave {option} out, or begin another run."
+        )
+    changes: dict[str, Any] = {name: getattr(typed, name) for name in given}
+    if given & {"method", "stages"}:
+        # What the old method had does not fit the new one.
+        defaults = {"queue": None, "staleness": None, "partition": "profile"}
+        changes = {**defaults, **({"options": {}} if "method" in given else {}), **changes}
+    return replace(config, **changes)

@@ -1,0 +1,138 @@
+"""`stalewise train --checkpoint-every N --resume DIR`, and `stalewise checkpoint`, as users run them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from stalewise.cli.main import app
+from stalewise.errors import CheckpointError, ConfigError
+
+pytestmark = [pytest.mark.timeout(180)]
+
+OPTIONS = [
+    *("--model", "resnet8", "--data", "digits", "--train-limit", "96", "--test-limit", "32", "--batch-size", "16"),
+    *("--epochs", "3", "--evaluate-every", "2", "--engine", "sequential", "--threads", "1", "--partition", "1,3"),
+    *("--gradient-difference-every", "4", "--display", "quiet", "--loader-workers", "0"),
+]
+TIMES = {"time_s", "epoch_s", "samples_per_s"}
+
+
+def train(*options: str) -> None:
+    done = CliRunner().invoke(app, ["train", *options], catch_exceptions=False)
+    assert done.exit_code == 0
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """All records without the times, and without what is made of times alone."""
+    records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [
+        {name: value for name, value in record.items() if name not in TIMES}
+        for record in records
+        if record["event"] != "bottleneck"
+    ]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with checkpoints, all of which were kept."""
+    folder = tmp_path_factory.mktemp("runs") / "undisturbed"
+    train(*OPTIONS, "--checkpoint-every", "3", "--keep", "100", "--out", str(folder))
+    return folder
+
+
+def interrupted(undisturbed: Path, folder: Path, number: int) -> Path:
+    """The run as a kill after its n-th checkpoint would have left it, with metrics that were written after it."""
+    shutil.copytree(undisturbed, folder)
+    for path in sorted((folder / "checkpoints").glob("ckpt-*"))[number + 1 :]:
+        shutil.rmtree(path)
+    for name in ("summary.json", "model.safetensors", "report.html", "trace.json"):
+        (folder / name).unlink()
+    return folder
+
+
+@pytest.mark.parametrize("number", [0, 1, 2, 3, 5])
+def test_a_resumed_run_is_the_undisturbed_one(number: int, undisturbed: Path, tmp_path: Path) -> None:
+    folder = interrupted(undisturbed, tmp_path / "run", number)
+    train("--resume", str(folder))
+    assert metrics(folder) == metrics(undisturbed)
+    theirs = load_file(undisturbed / "model.safetensors")
+    ours = load_file(folder / "model.safetensors")
+    assert list(ours) == list(theirs)
+    assert all(torch.equal(ours[name], value) for name, value in theirs.items())
+    assert (folder / "report.html").is_file()
+    (told,) = (folder / "resumed.jsonl").read_text().splitlines()
+    assert "resumed at batch" in json.loads(told)["did"]
+
+
+def test_another_pipeline(undisturbed: Path, tmp_path: Path) -> None:
+    folder = interrupted(undisturbed, tmp_path / "run", 1)
+    train("--resume", str(folder), "--stages", "2", "--method", "bp", "--partition", "2")
+    batches = [record["batch"] for record in metrics(folder) if record["event"] == "batch"]
+    assert batches == list(range(18))
+    assert "moved by name to BP(stages=2" in (folder / "resumed.jsonl").read_text()
+    assert json.loads((folder / "config.json").read_text())["method"] == "bp"
+    assert json.loads((folder / "partition.json").read_text())["cuts"] == [2]
+
+
+def test_a_run_without_a_checkpoint_begins_anew(undisturbed: Path, tmp_path: Path) -> None:
+    folder = interrupted(undisturbed, tmp_path / "run", -1)
+    train("--resume", str(folder))
+    assert metrics(folder) == metrics(undisturbed)
+    assert "begins anew" in (folder / "resumed.jsonl").read_text()
+
+
+def test_what_belongs_to_the_run_cannot_be_changed(undisturbed: Path) -> None:
+    with pytest.raises(ConfigError, match="--lr cannot be given with --resume"):
+        CliRunner().invoke(app, ["train", "--resume", str(undisturbed), "--lr", "0.5"], catch_exceptions=False)
+
+
+class TestCheckpoint:
+    def test_show(self, undisturbed: Path) -> None:
+        done = CliRunner().invoke(app, ["checkpoint", "show", str(undisturbed), "--json"], catch_exceptions=False)
+        shown = json.loads(done.stdout)
+        assert (shown["stages"], shown["cuts"]) == (3, [1, 3])
+        assert "metrics.jsonl" in shown["files"]
+        assert len(shown["beside"]) == 5
+        text = CliRunner().invoke(app, ["checkpoint", "show", str(undisturbed)], catch_exceptions=False).stdout
+        assert "DSP(queue=(1, 1, 0), staleness=(4, 2, 0))" in text
+
+    def test_verify(self, undisturbed: Path, tmp_path: Path) -> None:
+        done = CliRunner().invoke(app, ["checkpoint", "verify", str(undisturbed)], catch_exceptions=False)
+        assert "as they were written" in done.stdout
+        folder = shutil.copytree(undisturbed / "checkpoints", tmp_path / "checkpoints")
+        newest = max(folder.glob("ckpt-*"))
+        (newest / "metrics.jsonl").write_text("")
+        with pytest.raises(CheckpointError, match=r"metrics.jsonl is truncated: .* resume from .*ckpt-000005"):
+            CliRunner().invoke(app, ["checkpoint", "verify", str(folder)], catch_exceptions=False)
+
+    def test_export(self, undisturbed: Path, tmp_path: Path) -> None:
+        newest = max((undisturbed / "checkpoints").glob("ckpt-*"))
+        out = tmp_path / "model.safetensors"
+        CliRunner().invoke(app, ["checkpoint", "export", str(newest), "--out", str(out)], catch_exceptions=False)
+        final = load_file(undisturbed / "model.safetensors")
+        assert {name: value.shape for name, value in load_file(out).items()} == {
+            name: value.shape for name, value in final.items()
+        }
+
+
+@pytest.mark.dist
+def test_processes_resume_too(undisturbed: Path, tmp_path: Path) -> None:
+    folder = interrupted(undisturbed, tmp_path / "run", 2)
+    subprocess.run(
+        [sys.executable, "-m", "stalewise", "train", "--resume", str(folder), "--engine", "distributed"],
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=150,
+    )
+    assert metrics(folder) == metrics(undisturbed)
