@@ -14,7 +14,14 @@ from torch.distributed import TCPStore
 
 from stalewise.errors import ConfigError, PeerLost, ReceiveTimeout, WorkerError
 from stalewise.runtime import failure
-from stalewise.runtime.failure import Monitor, connect_to_store, describe_failure, failure_key, record_failure
+from stalewise.runtime.failure import (
+    Monitor,
+    connect_to_store,
+    describe_failure,
+    failure_header,
+    failure_key,
+    record_failure,
+)
 
 WAIT_S = 20.0
 
@@ -133,6 +140,41 @@ class TestMonitor:
         for monitor in monitors:
             monitor.stop()
 
+    def test_who_is_second_is_told_of_the_first(self, store: TCPStore, exits: queue.Queue[int]) -> None:
+        """Two time out at the same moment: one is the cause, the other stops because of it."""
+        monitors = [Monitor(rank, f"stage {rank}") for rank in range(2)]
+        for monitor in monitors:
+            monitor._stopped.set()  # its own look at the store comes too late
+        first, second = ReceiveTimeout("got no gradient"), ReceiveTimeout("got none either")
+        monitors[1].report(first, batch=6, action="receive gradient")
+        monitors[0].report(second, batch=6, action="receive gradient")
+        assert json.loads(store.get(failure_key()))["message"] == "got no gradient"
+        assert failure_header(first) == "stage 1 failed, batch 6, receive gradient:"
+        assert monitors[1].cause() is None
+        assert failure_header(second) is None
+        assert str(monitors[0].cause()) == ("stage 0 stops because stage 1 failed: ReceiveTimeout: got no gradient")
+        assert exits.empty()
+
+    def test_a_store_that_does_not_answer(
+        self,
+        store: TCPStore,
+        exits: queue.Queue[int],
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        """Behind a link that is down: the failure is this worker's own, and it does not wait for ever."""
+        answers = threading.Event()
+        monkeypatch.setattr(failure, "STORE_WAIT_S", 0.05)
+        monitor = Monitor(2, "stage 2")
+        monitor.stop()
+        monkeypatch.setattr(monitor, "_store", _Silent(answers))
+        error = ReceiveTimeout("got no activation")
+        monitor.report(error, batch=6, action="receive activation")
+        answers.set()
+        assert failure_header(error) == "stage 2 failed, batch 6, receive activation:"
+        assert monitor.cause() is None
+        assert "could not tell the other ranks of a failure: the job's store does not answer" in capsys.readouterr().err
+
     def test_a_launcher_that_is_gone_ends_the_job(
         self, store: TCPStore, exits: queue.Queue[int], monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -183,3 +225,14 @@ class _Gone:
 
     def check(self, keys: list[str]) -> bool:
         raise RuntimeError("Connection reset by peer")
+
+
+class _Silent:
+    """A store whose answers do not come."""
+
+    def __init__(self, answers: threading.Event) -> None:
+        self._answers = answers
+
+    def compare_set(self, key: str, expected: str, desired: str) -> bytes:
+        self._answers.wait()
+        return desired.encode()

@@ -400,6 +400,8 @@ class DistributedEngine(Engine):
             if action is None and self._interpreter.action is not None:
                 action, batch = self._interpreter.action.name.lower().replace("_", " "), self._interpreter.batch
             monitor.report(error, batch=batch, action=action)
+            if (cause := monitor.cause()) is not None:
+                raise cause from None
             raise
 
     def statuses(self) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import sys
 import threading
 import traceback
@@ -41,6 +42,9 @@ STATUS_S = 0.5
 GRACE_S = 5.0
 CAUSE_WAIT_S = 1.5
 """How long a worker that lost a peer waits for the peer's own account of it."""
+
+STORE_WAIT_S = 5.0
+"""How long a failing worker waits for the store; on a link that is down TCP would wait for a quarter of an hour."""
 
 
 def failure_key(restart: int | None = None) -> str:
@@ -68,13 +72,16 @@ def record_failure(
     batch: int | None = None,
     action: str | None = None,
     store: TCPStore | None,
-) -> None:
+) -> dict[str, Any] | None:
     """Leave a record of the first failure of a job in its store, and a header for the printed traceback on the error.
 
     An error that was recorded before, or that another worker's failure caused, is left alone.
+
+    Returns:
+        The record of another worker that was there first; None where this one is the first as far as known.
     """
     if isinstance(error, WorkerError) or failure_header(error) is not None:
-        return
+        return None
     brief = isinstance(error, PeerLost | ReceiveTimeout)
     record = {
         "rank": rank,
@@ -85,12 +92,34 @@ def record_failure(
         "message": str(error),
         "traceback": f"{type(error).__name__}: {error}" if brief else "".join(traceback.format_exception(error)),
     }
+    text = json.dumps(record)
+    first = text if store is None else _first_record(store, text)
+    earlier: dict[str, Any] = json.loads(first)
+    if earlier["rank"] != rank:
+        return earlier
     setattr(error, _HEADER, describe_failure({**record, "traceback": ""}).rstrip())
-    if store is not None:
+    return None
+
+
+def _first_record(store: TCPStore, own: str) -> str:
+    """The record that the store holds once this one was offered to it; our own where the store cannot be reached."""
+    answers: queue.Queue[str | RuntimeError] = queue.Queue()
+
+    def offer() -> None:
         try:
-            store.compare_set(failure_key(), "", json.dumps(record))
+            answers.put(store.compare_set(failure_key(), "", own).decode())
         except RuntimeError as problem:
-            print(f"stalewise: could not tell the other ranks of a failure: {problem}", file=sys.stderr)
+            answers.put(problem)
+
+    threading.Thread(target=offer, name="report", daemon=True).start()
+    try:
+        answer = answers.get(timeout=STORE_WAIT_S)
+    except queue.Empty:
+        answer = RuntimeError(f"the job's store does not answer in {STORE_WAIT_S:g} s; its host or the link is down.")
+    if isinstance(answer, str):
+        return answer
+    print(f"stalewise: could not tell the other ranks of a failure: {answer}", file=sys.stderr)
+    return own
 
 
 _HEADER = "__stalewise_header__"
@@ -143,9 +172,11 @@ class Monitor:
         return dict(self._statuses)
 
     def report(self, error: BaseException, *, batch: int | None, action: str | None) -> None:
-        """Record a failure of this worker, unless another one was first."""
+        """Record a failure of this worker, unless another one was first, which then is the `cause`."""
         if self._cause is None and not (isinstance(error, PeerLost) and self._known.wait(CAUSE_WAIT_S)):
-            record_failure(error, rank=self._rank, who=self._who, batch=batch, action=action, store=self._store)
+            first = record_failure(error, rank=self._rank, who=self._who, batch=batch, action=action, store=self._store)
+            if first is not None:
+                self._cause = self._because_of(first)
 
     def stop(self) -> None:
         """End the thread."""
@@ -191,14 +222,17 @@ class Monitor:
 
     def _end(self, record: dict[str, Any]) -> None:
         """Stop this worker because of another: ask first, insist after `GRACE_S`."""
-        first_line = record["traceback"].strip().splitlines()[-1]
-        self._cause = WorkerError(f"{self._who} stops because {record['who']} failed: {first_line}")
+        self._cause = self._because_of(record)
         self._known.set()
         for wake in self._wakers:
             wake(self._cause)
         if not self._stopped.wait(GRACE_S):
             print(f"stalewise: {self._cause}", file=sys.stderr, flush=True)
             os._exit(1)
+
+    def _because_of(self, record: dict[str, Any]) -> WorkerError:
+        first_line = record["traceback"].strip().splitlines()[-1]
+        return WorkerError(f"{self._who} stops because {record['who']} failed: {first_line}")
 
 
 def connect_to_store() -> TCPStore | None:

@@ -150,9 +150,13 @@ def _report_and_exit(kind: type[BaseException], error: BaseException, trace: Tra
         print(f"stalewise: {error}", file=sys.stderr)
     else:
         report_failure(error)
-        if (header := failure_header(error)) is not None:
-            print(header, file=sys.stderr)
-        sys.__excepthook__(kind, error, trace)
+        cause = None if _job is None else _job.monitor.cause()
+        if cause is not None and failure_header(error) is None:
+            print(f"stalewise: {cause}", file=sys.stderr)
+        else:
+            if (header := failure_header(error)) is not None:
+                print(header, file=sys.stderr)
+            sys.__excepthook__(kind, error, trace)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(1)
