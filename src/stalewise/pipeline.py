@@ -40,6 +40,7 @@ from stalewise.plan.partition import LayerCost, Partition, check_cuts, fixed_par
 from stalewise.plan.planner import Plan, plan_stages
 from stalewise.planning import measure, optimizer_copies, parse_bytes, share_batch
 from stalewise.protocol.program import StageProgram
+from stalewise.protocol.course import Orders
 from stalewise.protocol.stragglers import Straggler, Stragglers
 from stalewise.protocol.trace import Trace
 from stalewise.runtime.distributed import DistributedEngine
@@ -91,6 +92,8 @@ class Pipeline:
         verbose: whether rank 0 prints the partition that a profile found.
         autocast: "bfloat16" computes forward, recompute and loss under torch's autocast, in `evaluate`, too; weights
             stay in float32. What crosses a cut may then be bfloat16, half as many bytes.
+        replay: the order of an elastic run (`orders` of that pipeline), which is repeated bitwise, on one process or
+            many, with the same batches and drains; None: elastic stages decide by themselves.
         stragglers: make steps slow on purpose, to see what it costs; the same steps whatever the method. It changes no
             number of the run.
 
@@ -125,6 +128,7 @@ class Pipeline:
         measure_memory: bool = False,
         stragglers: Stragglers | Straggler | Sequence[Straggler] | None = None,
         autocast: str | None = None,
+        replay: Sequence[Sequence[str]] | None = None,
     ) -> None:
         check_functions(method, loss_fn, optimizer, lr_scheduler, param_groups)
         check_numbers(seed, clip_grad_norm, recv_timeout_s)
@@ -144,6 +148,7 @@ class Pipeline:
         self._verbose = verbose
         self._gradient_difference_every = gradient_difference_every
         self._measure_memory = measure_memory
+        self._replay = None if replay is None else tuple(tuple(cycles) for cycles in replay)
         self._stragglers = Stragglers.of(stragglers)
         self._stragglers.check_stages(method.num_stages)
         self._precision = Precision(autocast)
@@ -251,6 +256,14 @@ class Pipeline:
         Headers and evaluations are not counted, so the numbers are those of the method, equal on both engines.
         """
         return [usage.bytes_sent for usage in self._built("bytes_sent").usages()]
+
+    def orders(self) -> Orders:
+        """Of an elastic method, what each stage chose so far, on every rank: for `replay`.
+
+        Per stage a text for each cycle (from drain to drain): F forwards the next batch, R recomputes the next one to
+        backward, B backwards it and updates. Nothing where staleness is fixed.
+        """
+        return self._built("orders").orders()
 
     def statuses(self) -> list[dict[str, Any]]:
         """How each stage is doing: JSON values, updated about twice a second; for displays."""
@@ -493,6 +506,7 @@ class Pipeline:
                 gradient_difference_every=self._gradient_difference_every,
                 measure_memory=self._measure_memory,
                 stragglers=self._stragglers,
+                replay=self._replay,
             )
         else:
             self._engine = DistributedEngine(
@@ -505,6 +519,7 @@ class Pipeline:
                 gradient_difference_every=self._gradient_difference_every,
                 measure_memory=self._measure_memory,
                 stragglers=self._stragglers,
+                replay=self._replay,
             )
         self.partition = plan
         self.cuts = plan.cuts
@@ -542,6 +557,7 @@ class Pipeline:
             "measure_memory": self._measure_memory,
             "stragglers": repr(self._stragglers),
             "autocast": self._precision.autocast,
+            "replay": None if self._replay is None else hashlib.blake2b(repr(self._replay).encode()).hexdigest(),
         }
         everyone = all_gather_json(own, job.group)
         for rank, other in enumerate(everyone):
