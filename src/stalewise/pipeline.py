@@ -39,8 +39,8 @@ from stalewise.plan.memory import StageMemory
 from stalewise.plan.partition import LayerCost, Partition, check_cuts, fixed_partition
 from stalewise.plan.planner import Plan, plan_stages
 from stalewise.planning import measure, optimizer_copies, parse_bytes, share_batch
-from stalewise.protocol.program import StageProgram
 from stalewise.protocol.course import Orders
+from stalewise.protocol.program import StageProgram
 from stalewise.protocol.stragglers import Straggler, Stragglers
 from stalewise.protocol.trace import Trace
 from stalewise.runtime.distributed import DistributedEngine
