@@ -7,6 +7,7 @@ NumPy and torch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -69,10 +70,10 @@ class Batches:
         ):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ConfigError(f"{name} is {value!r}; it must be an integer >= {least}.")
-        if len(mean) != 3 or len(std) != 3 or 0 in std:
+        if not _are_three(mean) or not _are_three(std) or min(std) <= 0:
             raise ConfigError(
-                f"mean is {mean} and std {std}; each must have one number per channel, that is 3, and no std "
-                "may be 0. Use those of the DataSplit."
+                f"mean is {mean} and std {std}; each must have one number per channel, that is 3, and each std "
+                "must be above 0. Use those of the DataSplit."
             )
         samples = len(dataset)
         batches = samples // batch_size if drop_last else -(-samples // batch_size)
@@ -150,6 +151,13 @@ class _Prepare(Dataset[_Batch]):
         indices = self._order[start : start + self._batch_size]
         images = self._dataset.take(indices, seed=self._seed, epoch=self._epoch, augmented=self._augmented)
         return normalise(images, self._mean, self._std), self._dataset.labels[indices]
+
+
+def _are_three(values: Any) -> bool:
+    """Whether these are numbers, one per channel."""
+    if not isinstance(values, Sequence) or len(values) != 3:
+        return False
+    return all(isinstance(value, int | float) and math.isfinite(value) for value in values)
 
 
 def _order(samples: int, *, seed: int, epoch: int, shuffle: bool) -> Tensor:

@@ -62,14 +62,20 @@ def load_data(
 
 
 def _load(name: str, data_dir: Path | None, cache_dir: Path) -> DataSplit:
+    if not isinstance(name, str):
+        raise DataError(f"the data set is {name!r}; it must be a name, one of {', '.join(DATA_NAMES)}, or a path.")
     if name == "digits":
         return load_digits()
     if name in _CIFAR:
         return load_cifar(_CIFAR[name], data_dir=data_dir, cache_dir=cache_dir)
     if match := _IMAGENET.fullmatch(name):
         return load_imagenet(data_dir, size=int(match[1] or IMAGENET_SIZE))
-    path = Path(name).expanduser()
-    if not name or not path.exists():
+    try:
+        path = Path(name).expanduser()
+        there = bool(name) and path.exists()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise DataError(f"{name[:200]!r} is neither a data set nor a path: {error}. Check the path.") from None
+    if not there:
         raise DataError(_unknown(name))
     pair = find_parquet_pair(path)
     return load_folder(path) if pair is None else load_parquet(path.name, pair, cache_dir=cache_dir)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from stalewise.engine.precision import FULL_PRECISION, Precision
 from stalewise.engine.stage import LossFunction, Stage
-from stalewise.errors import ConfigError
+from stalewise.errors import ConfigError, StalewiseError
 from stalewise.protocol.program import NO_PROGRAM, StageProgram
 
 __all__ = ["ParameterOptions", "assemble_stage"]
@@ -47,7 +48,8 @@ def assemble_stage(
     built: Optimizer | None = None
     scheduler: LRScheduler | None = None
     if trainable:
-        built = optimizer(list(trainable.values()) if param_groups is None else _grouped(trainable, param_groups))
+        with _blamed("optimizer", index):
+            built = optimizer(list(trainable.values()) if param_groups is None else _grouped(trainable, param_groups))
         if not isinstance(built, Optimizer):
             raise ConfigError(
                 f"optimizer returned a {type(built).__name__}; it must return a torch optimizer, such as "
@@ -67,7 +69,8 @@ def assemble_stage(
                 f"optimizer returned a {type(built).__name__}, whose step needs a closure that computes the loss "
                 "again; a stage has no loss of its own. Use one that steps on gradients, such as torch.optim.SGD."
             )
-        scheduler = None if lr_scheduler is None else lr_scheduler(built)
+        with _blamed("lr_scheduler", index):
+            scheduler = None if lr_scheduler is None else lr_scheduler(built)
         if isinstance(scheduler, ReduceLROnPlateau):
             raise ConfigError(
                 "lr_scheduler returned a ReduceLROnPlateau, which steps on a metric; schedulers are stepped once per "
@@ -90,11 +93,27 @@ def assemble_stage(
     )
 
 
+@contextmanager
+def _blamed(recipe: str, stage: int | None) -> Iterator[None]:
+    """Turn what a recipe raises into an error that names it."""
+    try:
+        yield
+    except StalewiseError:
+        raise
+    except Exception as error:
+        where = "" if stage is None else f" for stage {stage}"
+        raise ConfigError(
+            f"{recipe} failed{where}: {type(error).__name__}: {error}. It is called as the documentation of Pipeline "
+            "says; try the call alone."
+        ) from error
+
+
 def _grouped(parameters: Mapping[str, nn.Parameter], options_of: ParameterOptions) -> list[dict[str, Any]]:
     """Parameter groups: equal options together, in order of appearance."""
     groups: list[dict[str, Any]] = []
     for name, parameter in parameters.items():
-        given = options_of(name, parameter)
+        with _blamed("param_groups", None):
+            given = options_of(name, parameter)
         if given is not None and not isinstance(given, Mapping):
             raise ConfigError(
                 f"param_groups returned a {type(given).__name__} for {name!r}; it must return a dict of optimizer "

@@ -13,7 +13,7 @@ from itertools import pairwise
 
 from torch import nn
 
-from stalewise.errors import ConfigError, PlanError
+from stalewise.errors import ConfigError, PlanError, StalewiseError
 
 __all__ = ["Chain", "LayerSource"]
 
@@ -149,7 +149,15 @@ def _opened(name: str, layer: LayerSource) -> Iterator[tuple[str, LayerSource]]:
 
 
 def _build_layer(name: str, source: LayerSource) -> nn.Module:
-    layer = source if isinstance(source, nn.Module) else source()
+    try:
+        layer = source if isinstance(source, nn.Module) else source()
+    except StalewiseError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"the factory of layer {name} failed: {type(error).__name__}: {error}. It is called without arguments and "
+            "must return a module; try the call alone."
+        ) from error
     if not isinstance(layer, nn.Module):
         raise ConfigError(f"the factory of layer {name} returned a {type(layer).__name__}; it must return a module.")
     return layer

@@ -12,6 +12,7 @@ from typing import Any
 from stalewise.arguments import check_precision
 from stalewise.engine.precision import Precision
 from stalewise.errors import ConfigError
+from stalewise.experiments.config_checks import check_types
 from stalewise.methods import Method, build_method, method_options
 from stalewise.protocol.stragglers import Straggler, Stragglers
 
@@ -116,13 +117,18 @@ class TrainConfig:
             ("seed", 0),
         ):
             _check_number(name, getattr(self, name), least, whole=True)
+        check_types(self)
         for name in ("train_limit", "test_limit", "threads", "gradient_difference_every", "checkpoint_every"):
             if getattr(self, name) is not None:
                 _check_number(name, getattr(self, name), 1, whole=True)
+        if self.recv_timeout_s == 0:
+            raise ConfigError("recv_timeout_s is 0; a stage waits longer for its messages. Give seconds above 0.")
         for name in ("lr", "momentum", "weight_decay", "loader_workers", "recv_timeout_s"):
             _check_number(name, getattr(self, name), 0, whole=name == "loader_workers")
         if self.clip_grad_norm is not None:
             _check_number("clip_grad_norm", self.clip_grad_norm, 0, whole=False)
+            if self.clip_grad_norm == 0:
+                raise ConfigError("clip_grad_norm is 0, which leaves no gradient; give a norm above 0, or none.")
         for name, choices in (
             ("lr_schedule", SCHEDULES),
             ("display", DISPLAYS),

@@ -22,7 +22,8 @@ from stalewise.methods.method import Method
 from stalewise.methods.one_f_one_b import OneFOneB
 from stalewise.methods.pipedream import PipeDream
 from stalewise.methods.pipemare import PipeMare
-from stalewise.protocol.staleness import Staleness
+from stalewise.protocol.numbers import check_count
+from stalewise.protocol.staleness import Staleness, whole_numbers
 
 __all__ = ["METHOD_NAMES", "build_method", "describe_method", "method_options", "rebuild_method"]
 
@@ -30,6 +31,9 @@ _CLASSES: dict[str, type[Method]] = {
     kind.name: kind for kind in (DSP, BP, GPipe, OneFOneB, DNI, DDG, FeaturesReplay, PipeDream, PipeMare, FDG)
 }
 _VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {"dsp-stored": ("dsp", {"activations": "stored"})}
+
+MOST_STAGES = 10**5
+"""More is a slip of the hand, and would fill the memory."""
 
 METHOD_NAMES = (*_CLASSES, *_VARIANTS)
 
@@ -52,6 +56,7 @@ def build_method(name: str, *, num_stages: int, **options: Any) -> Method:
         ConfigError: where the name is unknown, or an option does not fit.
     """
     kind, preset = _lookup(name)
+    check_count("stages", num_stages, most=MOST_STAGES)
     given = {option: value for option, value in options.items() if value is not None}
     known = method_options(name)
     for option in given:
@@ -89,7 +94,7 @@ def rebuild_method(name: str, options: Mapping[str, Any], *, num_stages: int) ->
 def _build_dsp(num_stages: int, options: Mapping[str, Any]) -> DSP:
     for option in ("staleness", "queue"):
         values = options.get(option)
-        if values is not None and len(values) != num_stages:
+        if values is not None and len(whole_numbers(option, values)) != num_stages:
             raise ConfigError(
                 f"{option} {tuple(values)} has {len(values)} entries for {num_stages} stages; give one per stage, or "
                 f"use --stages {len(values)}."
@@ -98,6 +103,8 @@ def _build_dsp(num_stages: int, options: Mapping[str, Any]) -> DSP:
 
 
 def _lookup(name: str) -> tuple[type[Method], dict[str, Any]]:
+    if not isinstance(name, str):
+        raise ConfigError(f"the method is {name!r}; it must be a name, one of {', '.join(METHOD_NAMES)}.")
     base, preset = _VARIANTS.get(name, (name, {}))
     if base not in _CLASSES:
         nearest = difflib.get_close_matches(name, METHOD_NAMES, n=1)

@@ -75,7 +75,8 @@ class LayerCost:
     def __post_init__(self) -> None:
         for field in ("forward_s", "backward_s", "output_bytes", *_MEMORY_FIELDS, "parameters"):
             value = getattr(self, field)
-            if value is not None and not (math.isfinite(value) and value >= 0):
+            real = isinstance(value, int | float) and not isinstance(value, bool)
+            if value is not None and not (real and math.isfinite(value) and value >= 0):
                 raise PlanError(
                     f"{field} of layer {self.name!r} is {value}; a cost is a finite number >= 0. Leave "
                     "a time or a size out where it is not known."

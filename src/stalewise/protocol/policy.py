@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from stalewise.errors import ConfigError
+from stalewise.protocol.numbers import check_real
 
 __all__ = ["PLAIN", "BackwardWeights", "DelayCorrection", "StagePolicy", "SynthesizerPolicy"]
 
@@ -34,6 +35,8 @@ class DelayCorrection:
             raise ConfigError(f"annealing_updates is {self.annealing_updates!r}; it must be a whole number.")
         if self.annealing_updates < 0:
             raise ConfigError(f"annealing_updates is {self.annealing_updates}; it counts updates, 0 turns it off.")
+        if self.discrepancy_decay is not None:
+            check_real("discrepancy_decay", self.discrepancy_decay)
         if self.discrepancy_decay is not None and not 0 < self.discrepancy_decay < 1:
             raise ConfigError(
                 f"discrepancy_decay is {self.discrepancy_decay}; it must lie between 0 and 1, such as 0.135, or be "
@@ -56,6 +59,7 @@ class SynthesizerPolicy:
     def __post_init__(self) -> None:
         if isinstance(self.hidden_layers, bool) or not isinstance(self.hidden_layers, int) or self.hidden_layers < 0:
             raise ConfigError(f"hidden_layers is {self.hidden_layers!r}; it must be a whole number of at least 0.")
+        check_real("the synthesizer's lr", self.lr, "a number above 0")
         if not self.lr > 0:
             raise ConfigError(f"the synthesizer's lr is {self.lr}; it must be above 0.")
 
@@ -87,6 +91,7 @@ class StagePolicy:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least 1.")
+        check_real("gradient_scale", self.gradient_scale, "above 0 and at most 1")
         if not 0 < self.gradient_scale <= 1:
             raise ConfigError(f"gradient_scale is {self.gradient_scale!r}; it must be above 0 and at most 1.")
 

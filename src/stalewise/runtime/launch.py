@@ -79,6 +79,8 @@ def launch(main: Callable[..., object], *, num_workers: int, args: Sequence[Any]
         return
     if isinstance(num_workers, bool) or not isinstance(num_workers, int) or num_workers < 1:
         raise ConfigError(f"num_workers is {num_workers!r}; a job has at least 1 worker.")
+    if isinstance(args, str) or not isinstance(args, Sequence):
+        raise ConfigError(f"args is {args!r}; it must be a list of JSON values, one per argument of main.")
     settings = {
         **_where_to_find(main),
         "args": list(args),
@@ -117,7 +119,7 @@ def _check_restarts(max_restarts: object) -> None:
 
 def _where_to_find(main: Callable[..., object]) -> dict[str, str]:
     """How a new process gets at `main`: its name, and the module or script that defines it."""
-    name = getattr(main, "__qualname__", "")
+    name = getattr(main, "__qualname__", "") if callable(main) else ""
     module = getattr(main, "__module__", "")
     if not name or "<" in name:
         raise ConfigError(

@@ -27,6 +27,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from stalewise.errors import ConfigError
+from stalewise.protocol.numbers import check_real
 from stalewise.protocol.staleness import Staleness
 
 __all__ = ["Condition", "checked_momentum", "mean_squared_gradient_bound", "proven_condition", "quoted_condition"]
@@ -146,16 +147,19 @@ def checked_momentum(momentum: float, s: float) -> None:
     Raises:
         ConfigError: where beta is not in 0 .. 1 (below 1), or s is negative.
     """
+    check_real("momentum", momentum)
+    check_real("s", s)
     if not 0 <= momentum < 1:
         raise ConfigError(f"momentum is {momentum!r}; beta of the unified form is at least 0 and below 1.")
-    if not (math.isfinite(s) and s >= 0):
+    if s < 0:
         raise ConfigError(f"s is {s!r}; it is a number of at least 0: 0 is heavy ball, 1 is Nesterov.")
 
 
 def _checked(staleness: Sequence[int], lipschitz: float, error_bound: float) -> tuple[int, int]:
     """K and D."""
     for name, value in (("lipschitz", lipschitz), ("error_bound", error_bound)):
-        if not (math.isfinite(value) and value > 0):
+        check_real(name, value, "a number above 0")
+        if value <= 0:
             raise ConfigError(f"{name} is {value!r}; it must be a number above 0.")
     depths = Staleness(staleness)
     return len(depths), depths[0]

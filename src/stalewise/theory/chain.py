@@ -28,6 +28,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from stalewise.errors import ConfigError
 from stalewise.methods import DSP
 from stalewise.pipeline import Pipeline
+from stalewise.protocol.numbers import check_count, check_real
 from stalewise.theory.momentum import UnifiedMomentum
 
 __all__ = ["SineChain"]
@@ -51,7 +52,10 @@ class SineChain:
     noise: float = 0.5
 
     def __post_init__(self) -> None:
-        if self.num_stages < 1 or abs(self.target) > 1 or not 0 <= self.noise < math.inf:
+        check_count("num_stages", self.num_stages)
+        check_real("target", self.target)
+        check_real("noise", self.noise)
+        if abs(self.target) > 1 or not 0 <= self.noise < math.inf:
             raise ConfigError(
                 f"{self} is not defined: it has at least 1 stage, a target in -1 .. 1 and noise of at least 0."
             )

@@ -22,6 +22,7 @@ import torch
 from torch.optim import Optimizer
 
 from stalewise.errors import ConfigError
+from stalewise.protocol.numbers import check_real
 from stalewise.theory.bounds import checked_momentum
 
 __all__ = ["UnifiedMomentum"]
@@ -41,7 +42,8 @@ class UnifiedMomentum(Optimizer):
     """
 
     def __init__(self, params: Any, *, lr: float, momentum: float, s: float = 0.0) -> None:
-        if not lr >= 0:
+        check_real("lr", lr, "a number of at least 0")
+        if lr < 0:
             raise ConfigError(f"lr is {lr!r}; a learning rate is at least 0.")
         checked_momentum(momentum, s)
         super().__init__(params, {"lr": lr, "momentum": momentum, "s": s})

@@ -24,6 +24,8 @@ import torch
 from torch import Tensor
 
 from stalewise.errors import ConfigError
+from stalewise.protocol.numbers import check_count
+from stalewise.protocol.staleness import whole_numbers
 from stalewise.theory.bounds import mean_squared_gradient_bound, proven_condition
 from stalewise.theory.chain import SineChain
 
@@ -87,6 +89,10 @@ def observe_rate(
     Raises:
         ConfigError: where there are fewer than two N, or copies cannot be split.
     """
+    for count in whole_numbers("updates", updates):
+        check_count("updates", count)
+    check_count("copies", copies)
+    check_count("seed", seed, 0)
     if len(updates) < 2 or list(updates) != sorted(set(updates)) or updates[0] < 1:
         raise ConfigError(f"updates is {tuple(updates)}; a slope takes at least two growing numbers of updates.")
     if copies < _GROUPS or copies % _GROUPS:

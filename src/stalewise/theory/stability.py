@@ -29,6 +29,7 @@ from numpy.polynomial import chebyshev
 from numpy.typing import NDArray
 
 from stalewise.errors import ConfigError
+from stalewise.protocol.numbers import check_real
 from stalewise.protocol.staleness import whole_numbers
 from stalewise.theory.bounds import checked_momentum
 
@@ -53,6 +54,7 @@ def spectral_radius(staleness: Sequence[int], step: float, *, momentum: float = 
         momentum: beta of the unified form.
         s: of the unified form.
     """
+    check_real("step", step)
     depths = _checked(staleness, momentum, s)
     polynomial = np.polyadd(_inertia(depths, momentum), step * _pull(depths, momentum, s))
     return float(max(abs(np.roots(polynomial))))

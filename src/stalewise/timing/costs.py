@@ -11,6 +11,7 @@ draw (`timing.draws`) says which row each step takes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -20,11 +21,14 @@ from numpy.typing import NDArray
 
 from stalewise.errors import ConfigError
 from stalewise.protocol.actions import Kind
+from stalewise.protocol.numbers import check_count, check_real
 from stalewise.protocol.program import Program, Slot
 
 __all__ = ["IntArray", "LinkCost", "Links", "StepCosts"]
 
 IntArray: TypeAlias = NDArray[np.int64]
+
+MOST_STAGES = 10**5
 
 LARGEST_NS = 10**12
 """Of one action or message (a thousand seconds), so that no sum of a long run leaves 64 bits."""
@@ -59,6 +63,10 @@ class LinkCost:
         Raises:
             ConfigError: where a value is negative, or the bandwidth 0.
         """
+        for name, value in (("num_bytes", num_bytes), ("latency_s", latency_s)):
+            check_real(name, value)
+        if bytes_per_s != math.inf:
+            check_real("bytes_per_s", bytes_per_s, "a number above 0, or math.inf for no limit")
         if not bytes_per_s > 0:
             raise ConfigError(f"bytes_per_s is {bytes_per_s}; it must be above 0. For no limit give math.inf.")
         return cls(latency_ns=round(latency_s * 1e9), transfer_ns=round(num_bytes / bytes_per_s * 1e9))
@@ -81,6 +89,7 @@ class Links:
     @classmethod
     def equal(cls, num_stages: int, cost: LinkCost = LinkCost()) -> Links:
         """The same cost everywhere; none by default."""
+        check_count("num_stages", num_stages, most=MOST_STAGES)
         each = (cost,) * (num_stages - 1)
         return cls(activations=each, gradients=each, token=LinkCost(latency_ns=cost.latency_ns))
 
@@ -123,6 +132,8 @@ class StepCosts:
             ConfigError: where a sequence does not have one entry per stage, or a time is out of range.
         """
         for kind, times in times_ns.items():
+            if not isinstance(times, int | Sequence):
+                raise ConfigError(f"{kind.name.lower()} takes {times!r}; give nanoseconds, or a list of one per stage.")
             entries = [times] if isinstance(times, int) else list(times)
             if len(entries) != (1 if isinstance(times, int) else program.num_stages):
                 raise ConfigError(

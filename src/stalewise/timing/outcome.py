@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from stalewise.protocol.numbers import check_count
 from stalewise.protocol.program import Program
 from stalewise.protocol.stragglers import NO_STRAGGLERS, Stragglers
 from stalewise.protocol.trace import Trace
@@ -18,6 +19,9 @@ from stalewise.timing.slow_steps import slow_steps
 from stalewise.timing.timetable import TimedProgram, Timetable
 
 __all__ = ["Outcome", "half_interval", "simulate"]
+
+MOST_BATCHES = 10**9
+"""So many steps fit into no memory."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -100,6 +104,12 @@ def simulate(
     Raises:
         ConfigError: where values do not fit each other.
     """
+    for name, value, least, most in (
+        ("num_batches", num_batches, 1, MOST_BATCHES),
+        ("replicas", replicas, 1, 10**6),
+        ("seed", seed, 0, 2**64 - 1),
+    ):
+        check_count(name, value, least, most=most)
     calm = TimedProgram(program, costs.mean(), links)
     cycle = calm.cycle()
     num_steps = calm.num_steps(num_batches)

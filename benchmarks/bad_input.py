@@ -1,0 +1,132 @@
+"""Gives bad input to everything that takes input, and counts how it ends.
+
+    python benchmarks/bad_input.py --tries 10000 --seed 0
+
+Each try is refused with an error of stalewise that says what to do, or it ends the command: anything else (another
+error, a try that is not over in time, bad input that is taken, something lost) is printed with the number by which
+`--only` repeats it. Where good input is damaged at random, it may still be good: such tries count as harmless.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import os
+import signal
+import sys
+import tempfile
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from random import Random
+
+import bad_arguments
+import torch
+from bad_cases import Case
+
+from stalewise import StalewiseError
+
+LIMIT_S = 60.0
+Maker = Callable[[Random, Path], Case]
+
+KINDS: dict[str, Maker] = {
+    "methods": bad_arguments.methods,
+    "Pipeline": bad_arguments.pipeline,
+    "TrainConfig": bad_arguments.config,
+    "models": bad_arguments.models,
+    "data sets": bad_arguments.data_names,
+    "timing": bad_arguments.simulation,
+    "planning": bad_arguments.planning,
+    "theory": bad_arguments.theory,
+    "launch": bad_arguments.launching,
+}
+
+
+class Late(BaseException):
+    """A try took longer than the limit."""
+
+
+@contextlib.contextmanager
+def limited(seconds: float) -> Iterator[None]:
+    """End what is inside after so many seconds."""
+
+    def end(number: int, frame: object) -> None:
+        raise Late
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def judge(case: Case) -> tuple[str, str]:
+    """How a try ended, and with what."""
+    try:
+        with limited(LIMIT_S), contextlib.redirect_stdout(io.StringIO()):
+            case.act()
+    except StalewiseError as error:
+        text = str(error)
+        # What happened and what to do take more than a few words, and never a bare repr of another error.
+        return ("refused", text) if len(text) > 30 and " " in text else ("unclear", text)
+    except Late:
+        return "late", f"not over in {LIMIT_S:g} s"
+    except BaseException:
+        return "raw", traceback.format_exc(limit=-6)
+    return ("taken", "") if case.must_fail else ("harmless", "")
+
+
+def attempt(number: int, seed: int, kinds: dict[str, Maker], folder: Path) -> tuple[str, Case]:
+    """Try `number` of a run with this seed."""
+    random = Random(f"{seed}/{number}")
+    torch.manual_seed(number)
+    kind = list(kinds)[number % len(kinds)]
+    return kind, kinds[kind](random, folder)
+
+
+def main() -> int:
+    """Run and print; 1 if a try ended otherwise than it should."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tries", type=int, default=10_000, help="in all (default 10000)")
+    parser.add_argument("--seed", type=int, default=0, help="of the tries (default 0)")
+    parser.add_argument("--kinds", help=f"of {', '.join(KINDS)} (default: all)")
+    parser.add_argument("--only", type=int, help="the number of a single try, which prints what it gives")
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    kinds = {name: KINDS[name] for name in (arguments.kinds.split(",") if arguments.kinds else KINDS)}
+    counts: dict[str, Counter[str]] = {kind: Counter() for kind in kinds}
+    numbers = range(arguments.tries) if arguments.only is None else [arguments.only]
+    shown: Counter[str] = Counter()
+    with tempfile.TemporaryDirectory() as scratch:
+        os.chdir(scratch)
+        for number in numbers:
+            kind, case = attempt(number, arguments.seed, kinds, Path(scratch))
+            verdict, detail = judge(case)
+            counts[kind][verdict] += 1
+            if arguments.only is not None or verdict not in ("refused", "harmless"):
+                key = f"{kind} {verdict} {detail[-160:]}"
+                shown[key] += 1
+                if shown[key] == 1:
+                    print(f"{verdict}: {kind}, try {number}: {case.what[:300]}\n{detail}", flush=True)
+        os.chdir("/")
+    return report(counts)
+
+
+def report(counts: dict[str, Counter[str]]) -> int:
+    """Print the counts; 1 where one of them should be 0."""
+    heads = ["refused", "harmless", "raw", "late", "taken", "unclear"]
+    total = sum(counts.values(), Counter[str]())
+    print(f"{'kind':<16}" + "".join(f"{head:>10}" for head in heads))
+    for kind, count in {**counts, "all": total}.items():
+        print(f"{kind:<16}" + "".join(f"{count[head]:>10}" for head in heads))
+    return int(any(total[head] for head in heads[2:]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
