@@ -352,7 +352,7 @@ def theory(random: Random, folder: Path) -> Case:
         (f"delay {staleness!r}", lambda: closed_form_limit(staleness)),
         (f"staleness {staleness!r}", lambda: stability_limit(staleness)),
         (f"momentum {momentum!r}", lambda: stability_limit(depths, momentum=momentum)),
-        (f"step {number!r}", lambda: spectral_radius(depths, -1 if number == 0 else number)),
+        (f"step {number!r}", lambda: spectral_radius(depths, math.nan if isinstance(number, int | float) else number)),
         (f"lipschitz {number!r}", lambda: proven_condition(depths, lipschitz=number, error_bound=1.0)),
         (f"error bound {number!r}", lambda: proven_condition(depths, lipschitz=1.0, error_bound=number)),
         (f"staleness {staleness!r}", lambda: proven_condition(staleness, lipschitz=1.0, error_bound=1.0)),

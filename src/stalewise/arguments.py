@@ -78,8 +78,8 @@ def check_functions(method: Any, loss_fn: Any, optimizer: Any, lr_scheduler: Any
 
 def check_numbers(seed: Any, clip_grad_norm: Any, recv_timeout_s: Any) -> None:
     """Refuse numbers out of range."""
-    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
-        raise ConfigError(f"seed is {seed!r}; it must be a whole number, or None for torch's own.")
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64):
+        raise ConfigError(f"seed is {seed!r}; it must be a whole number of 64 bits, or None for torch's own.")
     for name, value, may_be_none in (
         ("clip_grad_norm", clip_grad_norm, True),
         ("recv_timeout_s", recv_timeout_s, False),

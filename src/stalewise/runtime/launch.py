@@ -15,6 +15,7 @@ from __future__ import annotations
 import builtins
 import contextlib
 import importlib
+import inspect
 import json
 import os
 import signal
@@ -126,6 +127,8 @@ def _where_to_find(main: Callable[..., object]) -> dict[str, str]:
             f"launch cannot start {name or main!r}: another process can only find a function at the top level of a "
             'module or script. Move it there, or use engine="sequential", which needs no other process.'
         )
+    if not inspect.isfunction(main):
+        raise ConfigError(f"launch cannot start {main!r}; give a function that is written in Python.")
     if module == "__main__":
         return {"name": name, **_this_script(name)}
     found = getattr(importlib.import_module(module), name, None) if module else None
