@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +12,7 @@ import typer
 from stalewise.cli.recipes import use_recipe
 from stalewise.cli.resumed import given_options, resumed_config
 from stalewise.experiments.config import DISPLAYS, SCHEDULES, TrainConfig, parse_fractions, parse_numbers, parse_options
+from stalewise.experiments.replay import replayed_config
 from stalewise.experiments.run_writer import prepare_run_folder
 from stalewise.experiments.straggler_options import STRAGGLER_HELP, parse_stragglers
 from stalewise.experiments.training import run
@@ -87,6 +89,13 @@ def train(
     ] = 1,
     recv_timeout: Annotated[float, typer.Option(help="Seconds a stage waits for one message.")] = 300.0,
     straggler: Annotated[list[str] | None, typer.Option(help=STRAGGLER_HELP)] = None,
+    replay: Annotated[
+        Path | None,
+        typer.Option(
+            help="Repeat the elastic run in this folder bitwise: as configured, in the order that it took. Of other "
+            "options only --engine, --straggler, --out and --display count."
+        ),
+    ] = None,
     measure_memory: Annotated[
         bool, typer.Option("--measure-memory", help="Keep what every stage holds at most in the summary.")
     ] = False,
@@ -160,6 +169,9 @@ def train(
     if resume is not None:
         run(resumed_config(resume, config, given_options(context)), resume, resume=True, max_restarts=max_restarts)
         return
+    if replay is not None:
+        repeated = replayed_config(replay, engine=engine, display=config.display)
+        config = replace(repeated, stragglers=config.stragglers)
     folder = out or _default_folder(config)
     prepare_run_folder(folder, overwrite=overwrite)
     run(config, folder, max_restarts=max_restarts)

@@ -64,6 +64,7 @@ class TrainConfig:
         checkpoint_every: batches between checkpoints, or None.
         keep: how many of the newest checkpoints stay.
         stragglers: steps that are slow on purpose.
+        replay: folder of the elastic run whose order is repeated, or None.
 
     Raises:
         ConfigError: where a value is not valid.
@@ -106,6 +107,7 @@ class TrainConfig:
     checkpoint_every: int | None = None
     keep: int = 3
     stragglers: tuple[Straggler, ...] = ()
+    replay: str | None = None
 
     def __post_init__(self) -> None:
         for name, least in (

@@ -5,6 +5,7 @@ partition.json     the cuts, and what was measured       metrics.jsonl      a JS
 summary.json       the result                            model.safetensors  the unsplit model, original names
 timeline/          every action of every stage (.npz)    trace.json         the same for Perfetto
 report.html        all of it for people                 checkpoints/       to resume from, with `--checkpoint-every`
+order/             what elastic stages chose (.txt)
 """
 
 from __future__ import annotations

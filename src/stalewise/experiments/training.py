@@ -23,6 +23,7 @@ from stalewise.experiments.display import Display, make_display
 from stalewise.experiments.environment import describe_environment, typed_command
 from stalewise.experiments.optimizers import optimizer_recipe, schedule_recipe
 from stalewise.experiments.run_checkpoints import Progress, RunCheckpoints
+from stalewise.experiments.replay import order_summary, read_orders, write_orders
 from stalewise.experiments.run_model import build_run_model
 from stalewise.experiments.run_plan import predict_step
 from stalewise.experiments.run_writer import RunWriter, write_json, write_timeline
@@ -112,6 +113,7 @@ def train_worker(folder: str, command: str, resume: bool = False) -> None:
         verbose=False,
         stragglers=config.stragglers,
         autocast=config.autocast,
+        replay=None if config.replay is None else read_orders(Path(config.replay), config.build_method().program()),
     )
     checkpoints = RunCheckpoints(config, pipeline, path)
     resumes = resume or restart_count() > 0
@@ -206,6 +208,7 @@ class _Recorder:
                 "samples_per_s": len(self._data.train) / epoch_s,
                 "epoch_s": epoch_s,
                 "time_s": self._elapsed(),
+                **self._staleness_counts(),
             }
             self._record(result)
             self._writer.flush()
@@ -288,6 +291,11 @@ class _Recorder:
                 }
             )
 
+    def _staleness_counts(self) -> dict[str, Any]:
+        """Of elastic stages: backwards so far by realised staleness, per stage."""
+        counts = [status.get("staleness_counts") for status in self._pipeline.statuses()]
+        return {"staleness_counts": counts} if counts and all(counts) else {}
+
     def _keep_partition(self) -> None:
         self._keeps_partition = False
         partition = self._pipeline.partition
@@ -363,9 +371,11 @@ def _step_times(pipeline: Pipeline, timeline: Timeline) -> dict[str, float | Non
 def _finish(path: Path, pipeline: Pipeline, display: Display | None, summary: dict[str, Any]) -> None:
     """Rank 0 leaves the model, the timeline of all ranks, and what is made for people."""
     pipeline.wait_saved()
-    traces, state = pipeline.traces(), pipeline.state_dict()
+    traces, state, orders = pipeline.traces(), pipeline.state_dict(), pipeline.orders()
     if display is None:
         return
+    write_orders(path, orders)
+    summary = {**summary, **order_summary(orders)}
     records = sum(map(len, traces))
     if records:
         # None in a run that was resumed after its last step.
