@@ -22,8 +22,8 @@ from stalewise.experiments.config import TrainConfig
 from stalewise.experiments.display import Display, make_display
 from stalewise.experiments.environment import describe_environment, typed_command
 from stalewise.experiments.optimizers import optimizer_recipe, schedule_recipe
-from stalewise.experiments.run_checkpoints import Progress, RunCheckpoints
 from stalewise.experiments.replay import order_summary, read_orders, write_orders
+from stalewise.experiments.run_checkpoints import Progress, RunCheckpoints
 from stalewise.experiments.run_model import build_run_model
 from stalewise.experiments.run_plan import predict_step
 from stalewise.experiments.run_writer import RunWriter, write_json, write_timeline
