@@ -171,7 +171,7 @@ def test_refuses_a_folder_that_holds_something(sequential_run: Path, tmp_path: P
         (["train", "--partition", "4;8"], "--partition"),
         (["train", "--straggler", "stages=3,factor=2"], "counted from 0"),
         (["evaluate", "nowhere"], "config.json"),
-        (["program", "--stages", "0"], "at least 1 stage"),
+        (["program", "--stages", "0"], "at least 1"),
     ],
 )
 def test_wrong_input_is_one_clear_sentence(arguments: list[str], says: str, tmp_path: Path) -> None:
