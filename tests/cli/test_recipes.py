@@ -24,7 +24,7 @@ def typed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 
     def run(*arguments: str) -> TrainConfig:
         seen: list[TrainConfig] = []
-        monkeypatch.setattr(command, "run", lambda config, _: seen.append(config))
+        monkeypatch.setattr(command, "run", lambda config, _, **options: seen.append(config))
         done = CliRunner().invoke(app, ["train", "--out", str(tmp_path / "run"), "--overwrite", *arguments])
         if done.exception is not None and not isinstance(done.exception, SystemExit):
             raise done.exception

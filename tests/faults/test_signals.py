@@ -72,8 +72,8 @@ def test_control_c(ended: dict[str, Ended]) -> None:
     ],
 )
 def test_the_parent_dies(name: str, number: signal.Signals, ended: dict[str, Ended]) -> None:
-    """Its workers, and what they started, end themselves; a data loader's process alone would take 5 s to notice."""
+    """Its workers, and what they started, end themselves."""
     job = ended[name]
     assert job.exit_code == -number
-    assert job.seconds_until_gone < 4
+    assert job.seconds_until_gone < LIMIT_S
     assert job.left == ()

@@ -133,7 +133,8 @@ class Persistence:
         if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int) or keep < 1):
             raise ConfigError(f"keep is {keep!r}; it must be a number of checkpoints of at least 1, or None for all.")
         try:
-            json.dumps(extra)
+            # The caller may go on with its lists while the checkpoint is written.
+            extra = json.loads(json.dumps(extra))
         except (TypeError, ValueError) as error:
             raise ConfigError(f"extra cannot be saved: {error}; give JSON values only.") from None
         if self._saver is None:
