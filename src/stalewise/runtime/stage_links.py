@@ -23,6 +23,7 @@ from stalewise.protocol.actions import Kind
 from stalewise.protocol.program import Program, StageProgram
 from stalewise.runtime.job import Job
 from stalewise.runtime.link import Endpoint, Receiver, Sender
+from stalewise.runtime.patience import Patience
 from stalewise.runtime.wire import Frame, MessageKind
 
 __all__ = ["StageLinks", "activation_frame", "frame_activation", "frame_gradient", "gradient_frame"]
@@ -40,7 +41,7 @@ class StageLinks:
         job: whose ranks are the stages.
         device: of this rank's stage.
         plan: hash that all ranks share; every message carries it.
-        recv_timeout_s: how long to wait for one message.
+        patience: how long to wait for one message.
         payload_groups: NCCL groups by (sender, receiver), where each stage has a GPU of its own.
         load: gives the batch that the data loader gave for this step; rank 0 has no activations to receive.
     """
@@ -52,7 +53,7 @@ class StageLinks:
         *,
         device: torch.device,
         plan: int,
-        recv_timeout_s: float,
+        patience: Patience,
         payload_groups: Mapping[tuple[int, int], dist.ProcessGroup] | None,
         load: Callable[[], Activation],
     ) -> None:
@@ -72,10 +73,11 @@ class StageLinks:
                 device=device,
                 group=job.group,
                 payload_group=groups.get((sender, receiver)),
+                explain=job.monitor.explain,
             )
 
         rank, last = job.rank, job.world_size - 1
-        sender, receiver = partial(Sender, timeout_s=recv_timeout_s), partial(Receiver, timeout_s=recv_timeout_s)
+        sender, receiver = partial(Sender, patience=patience), partial(Receiver, patience=patience)
         self.activations_in = self.gradients_in = self.tokens_in = None
         self.activations_out = self.gradients_out = self.tokens_out = None
         if any(slot.kind is Kind.SEND_TOKEN for slot in program.stages[last].slots):
