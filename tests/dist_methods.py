@@ -17,7 +17,13 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "dsp current": ("dsp-stored", {"weights": "current"}),
     "gpipe stored": ("gpipe", {"activations": "stored", "micro_batches": 3}),
     "dni slow": ("dni", {"target_delay": 3}),
+    "dsp autocast": ("dsp", {}),
+    "dsp-stored autocast": ("dsp-stored", {}),
+    "dsp mixed autocast": ("dsp", {"activations": ["stored", "recompute", "recompute"]}),
+    "gpipe autocast": ("gpipe", {"micro_batches": 3}),
+    "dni autocast": ("dni", {}),
 }
+"""Method and options by label; those that end in "autocast" run under it."""
 
 
 def net() -> nn.Sequential:
@@ -52,6 +58,7 @@ def train_all(every: int | None = 5) -> dict[str, dict[str, Any]]:
             partition=(2, 5),
             seed=3,
             gradient_difference_every=None if "accumulate" in options else every,
+            autocast="bfloat16" if label.endswith("autocast") else None,
         )
         losses = [list(pipeline.train(data, drain=False)), list(pipeline.train(data[:7])), list(pipeline.train(data))]
         results[label] = {

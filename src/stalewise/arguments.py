@@ -7,11 +7,19 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from stalewise.engine.precision import Precision
 from stalewise.errors import ConfigError
 from stalewise.methods import Method
 from stalewise.runtime.job import Job, in_launched_job
 
-__all__ = ["check_functions", "check_gradient_difference", "check_numbers", "is_distributed", "resolve_device"]
+__all__ = [
+    "check_functions",
+    "check_gradient_difference",
+    "check_numbers",
+    "check_precision",
+    "is_distributed",
+    "resolve_device",
+]
 
 
 def is_distributed(engine: str) -> bool:
@@ -92,3 +100,10 @@ def check_gradient_difference(every: Any, method: Method) -> None:
             "gradient_difference_every is on and gradients accumulate over batches; the gradient of one batch is never "
             "applied by itself then. Use accumulate=1, or leave it out."
         )
+
+
+def check_precision(precision: Precision, method: Method) -> None:
+    """Refuse a method that cannot work in a precision; of what a plan may decide, the worst."""
+    program = (method if method.is_decided else method.with_activations("stored")).program()
+    for stage in program.stages:
+        precision.check(stage)

@@ -21,6 +21,7 @@ from stalewise.arguments import (
     check_functions,
     check_gradient_difference,
     check_numbers,
+    check_precision,
     is_distributed,
     resolve_device,
 )
@@ -28,6 +29,7 @@ from stalewise.checkpoint.writer import Attachment
 from stalewise.engine.assemble import ParameterOptions, assemble_stage
 from stalewise.engine.engine import Batches, Engine
 from stalewise.engine.feed import iterate
+from stalewise.engine.precision import Precision
 from stalewise.engine.sequential import SequentialEngine
 from stalewise.engine.split import Chain, LayerSource
 from stalewise.engine.stage import LossFunction, Metric, Stage
@@ -87,6 +89,8 @@ class Pipeline:
         measure_memory: measure what every stage holds (see `memory`). It changes no number of the run; layers inside
             which torch forbids saved-tensor hooks (`torch.func.grad`, for example) cannot be measured.
         verbose: whether rank 0 prints the partition that a profile found.
+        autocast: "bfloat16" computes forward, recompute and loss under torch's autocast, in `evaluate`, too; weights
+            stay in float32. What crosses a cut may then be bfloat16, half as many bytes.
         stragglers: make steps slow on purpose, to see what it costs; the same steps whatever the method. It changes no
             number of the run.
 
@@ -120,6 +124,7 @@ class Pipeline:
         gradient_difference_every: int | None = None,
         measure_memory: bool = False,
         stragglers: Stragglers | Straggler | Sequence[Straggler] | None = None,
+        autocast: str | None = None,
     ) -> None:
         check_functions(method, loss_fn, optimizer, lr_scheduler, param_groups)
         check_numbers(seed, clip_grad_norm, recv_timeout_s)
@@ -141,6 +146,8 @@ class Pipeline:
         self._measure_memory = measure_memory
         self._stragglers = Stragglers.of(stragglers)
         self._stragglers.check_stages(method.num_stages)
+        self._precision = Precision(autocast)
+        check_precision(self._precision, method)
         self._job = current_job() if is_distributed(engine) else None
         if self._job is None:
             self._chain = self._chain.built()
@@ -434,6 +441,7 @@ class Pipeline:
                 device=self._device,
                 job=self._job,
                 num_stages=self.method.num_stages,
+                precision=self._precision,
             )
             counts_memory = self._memory_limit is not None or not self.method.is_decided
             self.plan = plan_stages(
@@ -515,10 +523,11 @@ class Pipeline:
             clip_grad_norm=self._clip_grad_norm,
             param_groups=self._param_groups,
             program=program,
+            precision=self._precision,
         )
 
     def _plan_hash(self, cuts: tuple[int, ...]) -> int:
-        text = json.dumps([__version__, repr(self.method), cuts, self._chain.describe()])
+        text = json.dumps([__version__, repr(self.method), cuts, self._precision.autocast, self._chain.describe()])
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
     def _check_job(self, job: Job, partition: Any) -> None:
@@ -532,6 +541,7 @@ class Pipeline:
             "memory_limit": self._memory_limit,
             "measure_memory": self._measure_memory,
             "stragglers": repr(self._stragglers),
+            "autocast": self._precision.autocast,
         }
         everyone = all_gather_json(own, job.group)
         for rank, other in enumerate(everyone):

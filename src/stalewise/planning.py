@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from stalewise.engine.feed import check_batch
+from stalewise.engine.precision import FULL_PRECISION, Precision
 from stalewise.engine.split import Chain
 from stalewise.engine.stage import LossFunction
 from stalewise.engine.tree import flatten, unflatten
@@ -84,6 +85,7 @@ def measure(
     device: torch.device,
     job: Job | None,
     num_stages: int,
+    precision: Precision = FULL_PRECISION,
 ) -> Measured:
     """Profile every layer with a batch; collective in a job.
 
@@ -94,12 +96,15 @@ def measure(
         device: of this rank.
         job: of the ranks; None: one process.
         num_stages: K.
+        precision: of the passes.
 
     Raises:
         PlanError: where a layer cannot be timed.
     """
     inputs, targets = batch
-    own = profile_layers(chain.layers, inputs, targets, loss_fn, device=device, names=chain.names)
+    own = profile_layers(
+        chain.layers, inputs, targets, loss_fn, device=device, names=chain.names, region=precision.region
+    )
     measured = [own]
     if job is not None:
         everyone = all_gather_json([vars(cost) for cost in own], job.group)

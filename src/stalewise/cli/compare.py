@@ -51,6 +51,7 @@ def compare(
     channels_last: Annotated[
         bool, typer.Option(help="Channels last in memory, which convolutions compute quicker.")
     ] = True,
+    autocast: Annotated[Text, typer.Option(help="As for train.")] = None,
     augment: Annotated[bool, typer.Option(help="Crop and mirror the training images at random.")] = True,
     loader_workers: Annotated[int, typer.Option(help="Processes that prepare batches.")] = 0,
     train_limit: Annotated[int | None, typer.Option(help="Use only the first so many training samples.")] = None,
@@ -96,6 +97,7 @@ def compare(
         device=device,
         threads=threads,
         channels_last=channels_last,
+        autocast=autocast,
         augment=augment,
         loader_workers=loader_workers,
         train_limit=train_limit,

@@ -54,6 +54,7 @@ def plan(
     device: Annotated[str, typer.Option(help="auto, cpu, or cuda:0.")] = "auto",
     threads: Annotated[int | None, typer.Option(help="Threads per stage; default: cores over stages.")] = None,
     channels_last: Annotated[bool, typer.Option(help="As for train.")] = True,
+    autocast: Annotated[str | None, typer.Option(help="As for train.")] = None,
     refresh: Annotated[bool, typer.Option("--refresh", help="Measure again, whatever is in the cache.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print a JSON object.")] = False,
 ) -> None:
@@ -79,6 +80,7 @@ def plan(
             device=device,
             threads=threads,
             channels_last=channels_last,
+            autocast=autocast,
         )
     profile, path, measured = profile_run(config, refresh=refresh)
     link = Link(
@@ -163,6 +165,8 @@ def _command(config: TrainConfig, planned: PlannedRun) -> str:
         words += ["--staleness", ",".join(map(str, config.staleness))]
     for name, value in options.items():
         words += ["--option", f"{name}={value if isinstance(value, str) else json_module.dumps(value)}"]
+    if config.autocast is not None:
+        words += ["--autocast", config.autocast]
     if planned.plan.partition.cuts:
         words += ["--partition", ",".join(map(str, planned.plan.partition.cuts))]
     return shlex.join(words)

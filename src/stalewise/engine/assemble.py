@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from stalewise.engine.precision import FULL_PRECISION, Precision
 from stalewise.engine.stage import LossFunction, Stage
 from stalewise.errors import ConfigError
 from stalewise.protocol.program import NO_PROGRAM, StageProgram
@@ -34,6 +35,7 @@ def assemble_stage(
     clip_grad_norm: float | None,
     param_groups: ParameterOptions | None,
     program: StageProgram = NO_PROGRAM,
+    precision: Precision = FULL_PRECISION,
 ) -> Stage:
     """Move the layers to their device and give them their optimizer and scheduler; see `Pipeline` for the arguments.
 
@@ -84,6 +86,7 @@ def assemble_stage(
         loss_fn=loss_fn,
         clip_grad_norm=clip_grad_norm,
         program=program,
+        precision=precision,
     )
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from stalewise.engine.messages import Activation
+from stalewise.engine.precision import FULL_PRECISION, Precision
 from stalewise.engine.stage import Metric
 from stalewise.engine.tree import num_samples, to_device, unflatten
 from stalewise.errors import ConfigError
@@ -18,17 +19,20 @@ class Score:
 
     Args:
         metric: (output, target) -> the batch's mean.
+        precision: that it computes in.
     """
 
-    def __init__(self, metric: Metric) -> None:
+    def __init__(self, metric: Metric, precision: Precision = FULL_PRECISION) -> None:
         self._metric = metric
+        self._precision = precision
         self._values: list[tuple[Tensor | float, int]] = []
 
     def add(self, activation: Activation, device: torch.device) -> None:
         """Score one output of the last stage."""
         output = unflatten(activation.structure, activation.values)
         target = to_device(activation.target, device)
-        value = self._metric(output, target)
+        with self._precision.region(device):
+            value = self._metric(output, target)
         if (isinstance(value, Tensor) and value.numel() != 1) or not isinstance(value, Tensor | float | int):
             got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise ConfigError(f"metric returned {got}; it must return the batch's mean as one number.")

@@ -157,7 +157,7 @@ class SequentialEngine(Engine):
 
     def _evaluate(self, batches: Batches | None, metric: Metric) -> float:
         feed = Feed(batches, self.stages[0].device)
-        score = Score(metric)
+        score = Score(metric, self.stages[-1].precision)
         index = 0
         with ExitStack() as modes:
             for stage in self.stages:

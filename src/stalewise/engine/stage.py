@@ -29,6 +29,7 @@ from stalewise.engine.buffers import unchanged_buffers
 from stalewise.engine.isolation import Isolation, has_gradient
 from stalewise.engine.layout import dense
 from stalewise.engine.messages import Activation
+from stalewise.engine.precision import FULL_PRECISION, Precision
 from stalewise.engine.randomness import random_stream, stream_seed
 from stalewise.engine.saved_weights import DiscrepancyCorrection, SavedWeights
 from stalewise.engine.synthesizer import Synthesizer
@@ -80,6 +81,7 @@ class Stage:
         loss_fn: used on the last stage only.
         clip_grad_norm: largest norm of this stage's gradient (each stage for itself), or None.
         program: of the stage; says what becomes of graphs, weights and gradients.
+        precision: of its passes.
     """
 
     def __init__(
@@ -95,12 +97,15 @@ class Stage:
         loss_fn: LossFunction,
         clip_grad_norm: float | None = None,
         program: StageProgram = NO_PROGRAM,
+        precision: Precision = FULL_PRECISION,
     ) -> None:
+        precision.check(program)
         self.module = module
         self.index = index
         self.device = device
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
+        self.precision = precision
         self.num_updates = 0
         self.peak_stored_inputs = 0
         self.is_first = index == 0
@@ -219,7 +224,8 @@ class Stage:
 
     def infer(self, activation: Activation, batch: int) -> Activation:
         """Forward without a graph and without keeping anything, in the mode the modules are in."""
-        with random_stream(stream_seed(self.seed, self.index, batch), self.device), torch.no_grad():
+        stream = random_stream(stream_seed(self.seed, self.index, batch), self.device)
+        with stream, torch.no_grad(), self.precision.region(self.device):
             _, inputs = self._evaluation_isolation.inputs(activation.values, with_graph=False)
             values, structure = flatten(self.module(unflatten(activation.structure, inputs)))
         self._evaluation_isolation.check(inputs, batch)
@@ -240,7 +246,7 @@ class Stage:
         ]
         inputs = [leaf.clone() for leaf in leaves]
         stream = random_stream(stream_seed(self.seed, self.index, batch), self.device)
-        with stream, unchanged_buffers(self.module), torch.enable_grad():
+        with stream, unchanged_buffers(self.module), torch.enable_grad(), self.precision.region(self.device):
             tree = unflatten(activation.structure, inputs)
             output = torch.func.functional_call(self.module, dict(weights), (tree,))
             if self.is_last:
@@ -293,8 +299,8 @@ class Stage:
     def _pass_in(
         self, context: AbstractContextManager[object], stored: StoredInput, unit: Unit, *, with_graph: bool
     ) -> tuple[list[Tensor], Structure]:
-        stream = stream_seed(self.seed, self.index, *unit)
-        with random_stream(stream, self.device), context, torch.set_grad_enabled(with_graph):
+        stream = random_stream(stream_seed(self.seed, self.index, *unit), self.device)
+        with stream, context, torch.set_grad_enabled(with_graph), self.precision.region(self.device):
             leaves, inputs = self._isolation.inputs(stored.values, with_graph=with_graph)
             output = self.module(unflatten(stored.structure, inputs))
             if self.is_last:

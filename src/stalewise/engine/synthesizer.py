@@ -73,8 +73,8 @@ class Synthesizer:
         module = self._module_for(output)
         self._outputs[batch] = output
         with torch.no_grad(), unchanged_buffers(module):
-            predicted: Tensor = module(output) / output.shape[0]
-        return predicted
+            predicted: Tensor = module(_wide(output)) / output.shape[0]
+        return predicted.to(output.dtype)
 
     def train(self, gradient: Tensor | None, batch: int) -> None:
         """One step towards the gradient that came for a batch."""
@@ -83,7 +83,7 @@ class Synthesizer:
         assert self.optimizer is not None
         if gradient is None:
             return
-        loss = nn.functional.mse_loss(self.module(output), gradient * output.shape[0])
+        loss = nn.functional.mse_loss(self.module(_wide(output)), _wide(gradient) * output.shape[0])
         loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -127,6 +127,13 @@ class Synthesizer:
             self._shape, self._dtype = output.shape, output.dtype
             with preserved_random_state(self._device):
                 torch.manual_seed(self._seed)
-                self.module = build_synthesizer(output, self._policy.hidden_layers).to(self._device, output.dtype)
+                self.module = build_synthesizer(output, self._policy.hidden_layers).to(
+                    self._device, _wide(output).dtype
+                )
             self.optimizer = torch.optim.Adam(self.module.parameters(), lr=self._policy.lr)
         return self.module
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """In float32 at least: small steps of a weight would vanish in what autocast leaves."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

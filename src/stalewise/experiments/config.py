@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from stalewise.arguments import check_precision
+from stalewise.engine.precision import Precision
 from stalewise.errors import ConfigError
 from stalewise.methods import Method, build_method, method_options
 from stalewise.protocol.stragglers import Straggler, Stragglers
@@ -48,6 +50,7 @@ class TrainConfig:
         threads: intra-op threads per stage; None: cores over stages.
         seed: of weights, data order, augmentation and random layers.
         channels_last: keep images with their channels last in memory, which convolutions compute quicker.
+        autocast: "bfloat16" or None; see `Pipeline`.
         augment: crop and flip the training images.
         loader_workers: processes that prepare batches.
         train_limit: use only so many training samples.
@@ -87,6 +90,7 @@ class TrainConfig:
     threads: int | None = None
     seed: int = 0
     channels_last: bool = True
+    autocast: str | None = None
     augment: bool = True
     loader_workers: int = 0
     train_limit: int | None = None
@@ -123,7 +127,7 @@ class TrainConfig:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(choices)}.")
         if self.nesterov and not self.momentum:
             raise ConfigError("nesterov is on and momentum is 0; Nesterov's form needs momentum. Give momentum=0.9.")
-        self.build_method()
+        check_precision(Precision(self.autocast), self.build_method())
         Stragglers.of(self.stragglers).check_stages(self.stages)
 
     def build_method(self) -> Method:

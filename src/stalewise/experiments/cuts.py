@@ -19,6 +19,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from stalewise.arguments import resolve_device
+from stalewise.engine.precision import Precision
 from stalewise.engine.split import Chain
 from stalewise.errors import PlanError
 from stalewise.experiments.config import TrainConfig
@@ -93,7 +94,10 @@ def _profile(config: TrainConfig, batch: Any, num_classes: int, job: Job | None)
     if job is not None:
         num_classes = broadcast_json(num_classes, 0, job.group)
     chain = Chain(build_run_model(config, num_classes=num_classes)).built()
-    return measure(chain, batch, cross_entropy, device=device, job=job, num_stages=config.stages).layers
+    precision = Precision(config.autocast)
+    return measure(
+        chain, batch, cross_entropy, device=device, job=job, num_stages=config.stages, precision=precision
+    ).layers
 
 
 def common_cuts(best: Mapping[str, Partition]) -> tuple[int, ...]:

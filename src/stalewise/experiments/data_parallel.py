@@ -12,6 +12,7 @@ from torch import nn
 
 from stalewise.data import Batches, DataSplit, load_data
 from stalewise.engine.memory import resident_bytes
+from stalewise.engine.precision import Precision
 from stalewise.experiments.config import TrainConfig
 from stalewise.experiments.environment import describe_environment, typed_command
 from stalewise.experiments.optimizers import optimizer_recipe, schedule_recipe
@@ -66,6 +67,7 @@ def data_parallel_worker(folder: str, command: str) -> None:
         device=config.device,
         seed=config.seed,
         clip_grad_norm=config.clip_grad_norm,
+        precision=Precision(config.autocast),
     )
     devices = parallel.gather(parallel.device)
     if parallel.rank == 0:

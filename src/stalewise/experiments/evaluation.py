@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from stalewise.data import Batches, load_data
+from stalewise.engine.precision import Precision
 from stalewise.errors import ConfigError
 from stalewise.experiments.config import TrainConfig
 from stalewise.experiments.training import accuracy
@@ -63,7 +64,7 @@ def evaluate_run(folder: Path, *, data: str | None, batch_size: int) -> dict[str
         shuffle=False,
         augment=False,
     )
-    with torch.inference_mode():
+    with torch.inference_mode(), Precision(config.autocast).region(torch.device("cpu")):
         correct = sum(float(accuracy(model(images), labels)) * len(labels) for images, labels in batches)
     samples = len(split.test)
     return {"test_accuracy": correct / samples, "samples": samples, "data": data or config.data}

@@ -27,6 +27,7 @@ from torch.nn.functional import cross_entropy
 from stalewise._version import __version__
 from stalewise.arguments import resolve_device
 from stalewise.data import Batches, default_cache_dir, load_data
+from stalewise.engine.precision import Precision
 from stalewise.engine.split import Chain
 from stalewise.errors import ConfigError
 from stalewise.experiments.config import TrainConfig
@@ -46,7 +47,18 @@ from stalewise.runtime.link_speed import measure_link
 
 __all__ = ["ModelProfile", "first_batch", "profile_run"]
 
-_MATTERS = ("model", "data", "data_dir", "stages", "batch_size", "device", "threads", "channels_last", "momentum")
+_MATTERS = (
+    "model",
+    "data",
+    "data_dir",
+    "stages",
+    "batch_size",
+    "device",
+    "threads",
+    "channels_last",
+    "autocast",
+    "momentum",
+)
 """Fields of a configuration that a profile depends on."""
 
 
@@ -151,11 +163,22 @@ def measure_run(config: TrainConfig, job: Job) -> ModelProfile:
     num_classes = broadcast_json(num_classes, 0, job.group)
     (batch,) = share_batch(first, job)
     chain = Chain(build_run_model(config, num_classes=num_classes)).built()
-    measured = measure(chain, batch, cross_entropy, device=device, job=job, num_stages=job.world_size)
+    precision = Precision(config.autocast)
+    measured = measure(
+        chain, batch, cross_entropy, device=device, job=job, num_stages=job.world_size, precision=precision
+    )
 
     def total_s(samples: int) -> float:
         inputs, targets = (map_tensors(lambda tensor: tensor[:samples], part) for part in batch)
-        layers = profile_layers(chain.layers, inputs, targets, cross_entropy, device=device, names=chain.names)
+        layers = profile_layers(
+            chain.layers,
+            inputs,
+            targets,
+            cross_entropy,
+            device=device,
+            names=chain.names,
+            region=precision.region,
+        )
         return sum((layer.forward_s or 0.0) + (layer.backward_s or 0.0) for layer in layers)
 
     part = config.batch_size // job.world_size

@@ -96,6 +96,7 @@ def train_worker(folder: str, command: str) -> None:
         gradient_difference_every=config.gradient_difference_every,
         verbose=False,
         stragglers=config.stragglers,
+        autocast=config.autocast,
     )
     if pipeline.rank == 0:
         write_json(path / "environment.json", describe_environment(command, pipeline.devices, threads))

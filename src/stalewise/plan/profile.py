@@ -15,7 +15,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -45,6 +45,7 @@ def profile_layers(
     names: Sequence[str],
     repeats: int = 3,
     budget_s: float = 20.0,
+    region: Callable[[torch.device], AbstractContextManager[Any]] = nullcontext,
 ) -> list[LayerCost]:
     """Time forward and backward of each layer, on `device`, with one batch.
 
@@ -65,6 +66,7 @@ def profile_layers(
         repeats: timed passes per layer, at least 1.
         budget_s: seconds for all layers, shared evenly; a layer that needs more gets fewer timed passes, but
             at least one.
+        region: what the forwards run in, such as autocast.
 
     Returns:
         One cost per layer: times in seconds, sizes in bytes. The backward of a layer that needs no gradient (neither
@@ -93,6 +95,7 @@ def profile_layers(
                 loss_fn=loss_fn if left == 1 else None,
                 targets=targets,
                 device=device,
+                region=region,
             )
             budget = max(0.0, deadline - time.perf_counter()) / left
             cost, graph, value = _profile_layer(layer, name, bench, repeats, budget)
@@ -113,6 +116,7 @@ class _Bench:
         loss_fn: what is timed with it; None for all layers but the last.
         targets: the second argument of `loss_fn`; never handed out itself.
         device: where.
+        region: what the forward runs in.
     """
 
     place: str
@@ -121,6 +125,7 @@ class _Bench:
     loss_fn: Callable[[Any, Any], Tensor] | None
     targets: Any
     device: torch.device
+    region: Callable[[torch.device], AbstractContextManager[Any]]
 
     def run(self, layer: nn.Module, log: SavedTensorLog | None = None) -> tuple[float, float, LayerGraph | None, Any]:
         """One pass: seconds of the forward and of the backward, what was kept in between, and the detached output.
@@ -138,7 +143,7 @@ class _Bench:
             return wanted[-1].clone()
 
         def forward() -> tuple[Any, Any]:
-            with nullcontext() if log is None else log.recording():
+            with nullcontext() if log is None else log.recording(), self.region(self.device):
                 output = layer(argument)
                 return output, output if self.loss_fn is None else self.loss_fn(output, targets)
 

@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from stalewise.engine.precision import FULL_PRECISION, Precision
 from stalewise.runtime.exchange import all_gather_json
 from stalewise.runtime.job import Job, current_job
 
@@ -41,6 +42,7 @@ class DataParallel:
         device: "auto" is this rank's GPU (ranks share GPUs where there are fewer), else the CPU.
         seed: of random layers; each rank draws its own numbers.
         clip_grad_norm: largest 2-norm of the model's gradient.
+        precision: of forward and loss.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class DataParallel:
         device: str = "auto",
         seed: int = 0,
         clip_grad_norm: float | None = None,
+        precision: Precision = FULL_PRECISION,
     ) -> None:
         self._job = current_job()
         self._device = _device(device, self._job)
@@ -61,6 +64,7 @@ class DataParallel:
             self._module, process_group=_gradient_group(self._job, self._device), gradient_as_bucket_view=True
         )
         self._loss_fn = loss_fn
+        self._precision = precision
         self._optimizer = optimizer(self._module.parameters())
         self._scheduler = None if lr_scheduler is None else lr_scheduler(self._optimizer)
         self._clip_grad_norm = clip_grad_norm
@@ -122,7 +126,8 @@ class DataParallel:
             for inputs, targets in batches:
                 part = self._part(inputs), self._part(targets)
                 if held := len(part[1]):
-                    total += float(metric(self._module(part[0]), part[1])) * held
+                    with self._precision.region(self._device):
+                        total += float(metric(self._module(part[0]), part[1])) * held
                 samples += len(targets)
         self._module.train()
         return self._sum(total) / samples
@@ -136,7 +141,8 @@ class DataParallel:
         return values.tensor_split(self._job.world_size)[self._job.rank].to(self._device)
 
     def _loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        return self._loss_fn(self._parallel(inputs), targets)
+        with self._precision.region(self._device):
+            return self._loss_fn(self._parallel(inputs), targets)
 
     def _nothing(self, inputs: Tensor) -> Tensor:
         """A zero that depends on every weight: a rank without samples still takes part in the all-reduce.
@@ -144,7 +150,8 @@ class DataParallel:
         In eval mode, because a normalisation over batches would refuse a made-up sample, or count it.
         """
         self._module.eval()
-        zero: Tensor = 0.0 * self._parallel(torch.zeros_like(inputs[:1]).to(self._device)).sum()
+        with self._precision.region(self._device):
+            zero: Tensor = 0.0 * self._parallel(torch.zeros_like(inputs[:1]).to(self._device)).sum()
         self._module.train()
         return zero
 

@@ -252,7 +252,7 @@ class DistributedEngine(Engine):
         return mean(total, samples)
 
     def _evaluate_stage(self, batches: Batches | None, metric: Metric) -> tuple[float, int]:
-        score = Score(metric)
+        score = Score(metric, self.stage.precision)
         with self._failures_reported("evaluation"):
             feed = Feed(batches, self.stage.device) if self.stage.is_first else None
             if self._links.activations_in is not None:
