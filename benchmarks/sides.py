@@ -63,6 +63,7 @@ class OwnRow:
         micro_batched: whether it is tried with each number of micro-batches.
         channels_last: whether images lie so in memory. Torch's schedules send contiguous tensors only, so no row of
             theirs can.
+        autocast: see `Pipeline`.
     """
 
     label: str
@@ -70,6 +71,7 @@ class OwnRow:
     build: Callable[[int, int], Method]
     micro_batched: bool = False
     channels_last: bool = False
+    autocast: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +94,15 @@ class TorchRow:
     micro_batched: bool = True
 
 
-def named(label: str, name: str, *, micro_batched: bool = False, channels_last: bool = False, **options: Any) -> OwnRow:
+def named(
+    label: str,
+    name: str,
+    *,
+    micro_batched: bool = False,
+    channels_last: bool = False,
+    autocast: str | None = None,
+    **options: Any,
+) -> OwnRow:
     def build(num_stages: int, micro_batches: int) -> Method:
         own = {key: value(num_stages) if callable(value) else value for key, value in options.items()}
         if micro_batched:
@@ -100,11 +110,12 @@ def named(label: str, name: str, *, micro_batched: bool = False, channels_last: 
         return build_method(name, num_stages=num_stages, **own)
 
     return OwnRow(
-        label=f"stalewise {label}{', channels last' * channels_last}",
+        label=f"stalewise {label}{', channels last' * channels_last}{f', {autocast}' if autocast else ''}",
         name=name,
         build=build,
         micro_batched=micro_batched,
         channels_last=channels_last,
+        autocast=autocast,
     )
 
 
@@ -173,6 +184,18 @@ def loss_fn(output: Tensor, target: Tensor) -> Tensor:
     return nn.functional.cross_entropy(output, target)
 
 
+def make_batches(batch_size: int) -> list[Batch]:
+    """Random images and labels, the same everywhere."""
+    generator = torch.Generator().manual_seed(1)
+    return [
+        (
+            torch.randn(batch_size, 3, 32, 32, generator=generator),
+            torch.randint(0, 10, (batch_size,), generator=generator),
+        )
+        for _ in range(DISTINCT_BATCHES)
+    ]
+
+
 def make_task(
     job: Job,
     model_name: str,
@@ -183,14 +206,7 @@ def make_task(
     """The same on all ranks, which time the layers all at once."""
     torch.manual_seed(0)
     model = build_model(model_name, num_classes=10)
-    generator = torch.Generator().manual_seed(1)
-    batches = [
-        (
-            torch.randn(batch_size, 3, 32, 32, generator=generator),
-            torch.randint(0, 10, (batch_size,), generator=generator),
-        )
-        for _ in range(DISTINCT_BATCHES)
-    ]
+    batches = make_batches(batch_size)
     measured = measure(
         Chain(model), batches[0], loss_fn, device=torch.device("cpu"), job=job, num_stages=job.world_size
     )
@@ -236,7 +252,7 @@ class Side(ABC):
 class OwnSide(Side):
     """A method of stalewise, which pauses between runs with its batches in flight."""
 
-    def __init__(self, task: Task, row: OwnRow, micro_batches: int) -> None:
+    def __init__(self, task: Task, row: OwnRow, micro_batches: int, *, measure_memory: bool = False) -> None:
         super().__init__(task)
         method = row.build(task.num_stages, micro_batches)
         program = method.program()
@@ -263,6 +279,8 @@ class OwnSide(Side):
             device="cpu",
             verbose=False,
             stragglers=task.stragglers,
+            autocast=row.autocast,
+            measure_memory=measure_memory,
         )
 
     def train(self, batches: Sequence[Batch]) -> list[int]:
