@@ -27,6 +27,7 @@ from stalewise.arguments import (
 )
 from stalewise.checkpoint.writer import Attachment
 from stalewise.engine.assemble import ParameterOptions, assemble_stage
+from stalewise.engine.compiled import backend_of
 from stalewise.engine.engine import Batches, Engine
 from stalewise.engine.feed import iterate
 from stalewise.engine.precision import Precision
@@ -91,6 +92,8 @@ class Pipeline:
         verbose: whether rank 0 prints the partition that a profile found.
         autocast: "bfloat16" computes forward, recompute and loss under torch's autocast, in `evaluate`, too; weights
             stay in float32. What crosses a cut may then be bfloat16, half as many bytes.
+        compile: compile the layers of each stage with `torch.compile`: True, or the name of a backend. The first steps
+            take long, and numbers are those of eager mode up to rounding.
         stragglers: make steps slow on purpose, to see what it costs; the same steps whatever the method. It changes no
             number of the run.
 
@@ -125,6 +128,7 @@ class Pipeline:
         measure_memory: bool = False,
         stragglers: Stragglers | Straggler | Sequence[Straggler] | None = None,
         autocast: str | None = None,
+        compile: bool | str = False,
     ) -> None:
         check_functions(method, loss_fn, optimizer, lr_scheduler, param_groups)
         check_numbers(seed, clip_grad_norm, recv_timeout_s)
@@ -148,6 +152,7 @@ class Pipeline:
         self._stragglers.check_stages(method.num_stages)
         self._precision = Precision(autocast)
         check_precision(self._precision, method)
+        self._compile = backend_of(compile)
         self._job = current_job() if is_distributed(engine) else None
         if self._job is None:
             self._chain = self._chain.built()
@@ -524,10 +529,11 @@ class Pipeline:
             param_groups=self._param_groups,
             program=program,
             precision=self._precision,
+            compile=self._compile,
         )
 
     def _plan_hash(self, cuts: tuple[int, ...]) -> int:
-        text = json.dumps([__version__, repr(self.method), cuts, self._precision.autocast, self._chain.describe()])
+        text = json.dumps([__version__, repr(self.method), cuts, self._precision.autocast, self._compile, self._chain.describe()])
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
     def _check_job(self, job: Job, partition: Any) -> None:
@@ -542,6 +548,7 @@ class Pipeline:
             "measure_memory": self._measure_memory,
             "stragglers": repr(self._stragglers),
             "autocast": self._precision.autocast,
+            "compile": self._compile,
         }
         everyone = all_gather_json(own, job.group)
         for rank, other in enumerate(everyone):
