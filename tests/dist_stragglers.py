@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,9 @@ import torch
 
 import stalewise
 from stalewise.methods import build_method
+from stalewise.protocol.bottleneck import Bottleneck, BottleneckWatch
+from stalewise.runtime.exchange import all_gather_json
+from stalewise.runtime.job import current_job
 
 SPELLS = (
     stalewise.Straggler(probability=0.3, factor=3, duration=2, seed=1),
@@ -31,6 +35,27 @@ def train_each(**options: Any) -> dict[str, Any]:
     return results
 
 
+def watch_a_slow_stage() -> Bottleneck | None:
+    """What rank 0 is told in a run whose stage 1 pauses in every step; the last statuses are waited for."""
+    pipeline = dist_net.pipeline(3, stragglers=stalewise.Straggler(stages=(1,), pause_s=0.02))
+    job, watch = current_job(), BottleneckWatch(3, locked=False)
+    data = dist_net.batches(90, 8)
+    for _ in pipeline.train(data):
+        watch.update(pipeline.statuses())
+    deadline = time.monotonic() + 30
+    while job.rank == 0 and time.monotonic() < deadline:
+        statuses = pipeline.statuses()
+        watch.update(statuses)
+        if [status["updates"] for status in statuses] == [90, 90, 90]:
+            break
+    all_gather_json(None, job.group)
+    return watch.current
+
+
 def worker(folder: str) -> None:
     """Every rank leaves what it saw under injection."""
-    torch.save(train_each(stragglers=SPELLS), Path(folder) / f"rank{torch.distributed.get_rank()}.pt")
+    rank = current_job().rank
+    torch.save(train_each(stragglers=SPELLS), Path(folder) / f"rank{rank}.pt")
+    found = watch_a_slow_stage()
+    if rank == 0:
+        torch.save(found and found.as_dict(), Path(folder) / "bottleneck.pt")

@@ -215,4 +215,5 @@ def test_an_interpreter_records_global_batches_and_times_by_its_clock() -> None:
         "time_ns": 40,
         "busy_ns": 10,
         "wait_ns": 10,
+        "steps": [],
     }

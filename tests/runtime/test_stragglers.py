@@ -14,8 +14,23 @@ import stalewise
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(180)]
 
 
-def test_a_run_under_injection_is_bitwise_one_without(tmp_path: Path) -> None:
-    stalewise.launch(dist_stragglers.worker, num_workers=3, args=[str(tmp_path)])
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What three processes left."""
+    folder = tmp_path_factory.mktemp("stragglers")
+    stalewise.launch(dist_stragglers.worker, num_workers=3, args=[str(folder)])
+    return folder
+
+
+def test_a_run_under_injection_is_bitwise_one_without(folder: Path) -> None:
     expected = dist_stragglers.train_each(engine="sequential")
     for rank in range(3):
-        assert_equal(torch.load(tmp_path / f"rank{rank}.pt"), expected, f"rank {rank}")
+        assert_equal(torch.load(folder / f"rank{rank}.pt"), expected, f"rank {rank}")
+
+
+def test_a_slow_stage_is_named_while_it_runs(folder: Path) -> None:
+    found = torch.load(folder / "bottleneck.pt")
+    assert found is not None
+    assert (found["kind"], found["stage"]) == ("compute", 1)
+    assert found["since_update"] < 12
+    assert found["waits"][0] > 0.5

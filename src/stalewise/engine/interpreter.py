@@ -26,6 +26,7 @@ from stalewise.engine.gradient_probe import GradientProbe
 from stalewise.engine.memory import MemoryMeter, StageUsage, resident_bytes
 from stalewise.engine.messages import Activation, Gradient, message_tensors
 from stalewise.engine.stage import Stage
+from stalewise.engine.step_clock import StepClock
 from stalewise.engine.tree import flatten, unflatten
 from stalewise.errors import ConfigError
 from stalewise.protocol.actions import COMPUTE, Action, Kind
@@ -124,6 +125,7 @@ class Interpreter:
         self.batch = -1
         self.action: Kind | None = None
         self.time_ns = dict.fromkeys(Kind, 0)
+        self._step_clock = StepClock(is_first=stage.is_first)
 
     @property
     def waiting_ns(self) -> int:
@@ -153,6 +155,8 @@ class Interpreter:
         end = self._clock()
         self.time_ns[action.kind] += end - start
         self.trace.add(action, self.batch, start, end)
+        if action.batch is None:
+            self._step_clock.updated(update, self.time_ns, end)
         if self.meter is not None:
             self.meter.after_action(itertools.chain(self._held(), self._waiting()))
 
@@ -165,6 +169,7 @@ class Interpreter:
             "time_ns": self._clock(),
             "busy_ns": sum(self.time_ns[kind] for kind in COMPUTE),
             "wait_ns": self.waiting_ns,
+            "steps": self._step_clock.records(),
         }
 
     def usage(self) -> StageUsage:

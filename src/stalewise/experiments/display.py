@@ -17,6 +17,7 @@ from rich.table import Table
 
 from stalewise.experiments.config import TrainConfig
 from stalewise.plan.partition import Partition
+from stalewise.protocol.bottleneck import Bottleneck
 
 __all__ = ["Display", "JsonDisplay", "LiveDisplay", "PlainDisplay", "make_display"]
 
@@ -74,7 +75,10 @@ class JsonDisplay(Display):
         self._print({"event": "partition", **partition.as_dict()})
 
     def show(self, record: dict[str, Any], statuses: Sequence[dict[str, Any]]) -> None:
-        self._print({**record, "stages": list(statuses)} if record["event"] == "epoch" else record)
+        if record["event"] == "epoch":
+            stages = [{name: value for name, value in status.items() if name != "steps"} for status in statuses]
+            record = {**record, "stages": stages}
+        self._print(record)
 
     def end(self, summary: dict[str, Any]) -> None:
         self._print({"event": "end", **summary})
@@ -107,6 +111,8 @@ class PlainDisplay(Display):
         if record["event"] == "epoch":
             busy = ", ".join(f"{100 * rate.utilisation:.0f}%" for rate in self._rates.update(statuses))
             self._console.print(epoch_line(record, self._epochs) + (f"  busy {busy}" if busy else ""))
+        elif record["event"] == "bottleneck":
+            self._console.print(bottleneck_line(record))
 
     def end(self, summary: dict[str, Any]) -> None:
         self._console.print(summary_line(summary))
@@ -140,6 +146,7 @@ class LiveDisplay(PlainDisplay):
         self._task: TaskID | None = None
         self._batch_size = 0
         self._table = stage_table([])
+        self._bottleneck = ""
         self._shown = 0.0
         self._speed_from: tuple[float, int] | None = None
         self._live = Live(console=self._console, auto_refresh=False, transient=True)
@@ -172,6 +179,8 @@ class LiveDisplay(PlainDisplay):
             self._console.print(epoch_line(record, self._epochs))
             self._speed_from = None
             return
+        if record["event"] == "bottleneck":
+            self._bottleneck = bottleneck_line(record)
         if record["event"] != "batch":
             return
         now = time.perf_counter()
@@ -197,7 +206,8 @@ class LiveDisplay(PlainDisplay):
         self._refresh()
 
     def _refresh(self) -> None:
-        shown: RenderableType = Group(self._table, self._progress)
+        lines = [self._bottleneck] if self._bottleneck else []
+        shown: RenderableType = Group(self._table, *lines, self._progress)
         self._live.update(shown, refresh=True)
         self._shown = time.perf_counter()
 
@@ -273,6 +283,12 @@ def epoch_line(record: dict[str, Any], epochs: int) -> str:
     parts.append(f"{record['samples_per_s']:.0f} samples/s")
     parts.append(f"{record['time_s']:.1f} s")
     return "  ".join(parts)
+
+
+def bottleneck_line(record: dict[str, Any]) -> str:
+    """What sets the pace from now on, in a line."""
+    found = Bottleneck.from_record(record)
+    return "no stage limits the pace alone" if found is None else found.sentence()
 
 
 def summary_line(summary: dict[str, Any]) -> str:

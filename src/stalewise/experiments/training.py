@@ -26,6 +26,7 @@ from stalewise.experiments.run_plan import predict_step
 from stalewise.experiments.run_writer import RunWriter, write_json, write_timeline
 from stalewise.pipeline import Pipeline
 from stalewise.protocol.actions import Kind
+from stalewise.protocol.bottleneck import BottleneckWatch
 from stalewise.report import Timeline, write_chrome_trace, write_report
 from stalewise.runtime.allocator import keep_freed_memory
 from stalewise.runtime.job import in_launched_job
@@ -143,6 +144,8 @@ class _Recorder:
         self._start = time.perf_counter()
         self._batch = 0
         self._measured = 0
+        locked = config.engine == "sequential" or 0 in config.build_method().staleness.slack[:-1]
+        self._watch = BottleneckWatch(config.stages, locked=locked)
 
     def train(self) -> dict[str, Any]:
         """Train all epochs and return the summary."""
@@ -197,6 +200,7 @@ class _Recorder:
             )
             self._batch += 1
             self._record_gradient_differences()
+            self._name_bottleneck()
         return sum(losses) / len(losses) if losses else None
 
     def _record_gradient_differences(self) -> None:
@@ -208,6 +212,18 @@ class _Recorder:
                     "epoch": batch // self._num_batches + 1,
                     "batch": batch,
                     "stages": stages,
+                    "time_s": self._elapsed(),
+                }
+            )
+
+    def _name_bottleneck(self) -> None:
+        if self._watch.update(self._pipeline.statuses()):
+            found = self._watch.current
+            self._record(
+                {
+                    "event": "bottleneck",
+                    "batch": self._batch - 1,
+                    **({"kind": None} if found is None else found.as_dict()),
                     "time_s": self._elapsed(),
                 }
             )

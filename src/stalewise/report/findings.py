@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from stalewise.protocol.staleness import Staleness
 from stalewise.report.run_folder import RunFolder
+from stalewise.report.stragglers import longest_spell
 from stalewise.report.timeline import Activity, StageUsage, Usage
 from stalewise.report.wording import count, data_name, duration, link, listed, model_name, percent, plural
 
@@ -25,6 +26,8 @@ _BUSY = 0.9
 """Utilisation from which a stage counts as busy all the time."""
 _UNEVEN = 1.1
 """Utilisation of the bottleneck over the mean of all, from which another cut is worth trying."""
+_SLOW = 1.25
+"""Computing of a stage over that of the next slowest, from which it is told as a straggler."""
 _NOTABLE = 0.1
 """Share of the time from which a side issue is told."""
 
@@ -86,6 +89,7 @@ def findings(run: RunFolder, usage: Usage | None) -> tuple[Finding, ...]:
     if usage is not None and len(usage.stages) > 1:
         found.append(_speed(run, usage))
         found.extend(_side_issues(run, usage, told=found[-1]))
+        found.extend(_slow_spell(run))
     if (surprise := _prediction(run)) is not None:
         found.append(surprise)
     return tuple(found)
@@ -262,6 +266,40 @@ def _side_issues(run: RunFolder, usage: Usage, *, told: Finding) -> list[Finding
             )
         )
     return found
+
+
+def _slow_spell(run: RunFolder) -> list[Finding]:
+    """One part of the pipeline that was much slower than the rest for a good part of the run."""
+    spell = longest_spell(run, factor=_SLOW)
+    num_batches = run.batches[-1].batch + 1 if run.batches else 0
+    if spell is None or spell.end_batch - spell.first_batch < _NOTABLE * num_batches:
+        return []
+    worst = spell.worst
+    others = [
+        f"stage {stage} waited {percent(share, 0)}"
+        for stage, share in enumerate(worst.waits)
+        if worst.kind != "compute" or stage != worst.stage
+    ]
+    if worst.kind == "compute":
+        what = f"it computed {worst.factor:.1f} times as long as the next slowest stage"
+        advice = (
+            "Something else may run on its device, or the device is slower than the others: stalewise plan --from with "
+            "this run's folder proposes cuts for the speeds that were measured. Spells that pass are absorbed by slack."
+        )
+    else:
+        what = f"a step took {worst.factor:.1f} times as long as any stage computed"
+        advice = (
+            "Use more loader workers, or data that is decoded beforehand."
+            if worst.kind == "loader"
+            else "Cut where a layer's output is small, use a faster link there, or give that link more slack."
+        )
+    return [
+        Finding(
+            title=f"{worst.where} held the others up",
+            detail=f"from batch {spell.first_batch} to {spell.end_batch} {what}; meanwhile {listed(others)}",
+            advice=advice,
+        )
+    ]
 
 
 def _more_slack(staleness: Staleness) -> Staleness:

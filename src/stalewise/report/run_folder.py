@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stalewise.errors import ConfigError
+from stalewise.protocol.bottleneck import Bottleneck
 from stalewise.protocol.staleness import Staleness
 from stalewise.report.timeline import Timeline
 
@@ -199,6 +200,8 @@ class RunFolder:
     timeline: Timeline | None
     staleness: Staleness | None
     notes: tuple[str, ...]
+    bottlenecks: tuple[tuple[int, Bottleneck | None], ...] = ()
+    """What set the pace from which batch on; None: nothing alone."""
 
     @classmethod
     def read(cls, path: Path) -> RunFolder:
@@ -212,7 +215,7 @@ class RunFolder:
             raise ConfigError(f"{path} is not a folder; give the folder that a training run wrote.")
         notes: list[str] = []
         config = _read_json(path / "config.json", required=True)
-        batches, epochs = _read_metrics(path / "metrics.jsonl", notes)
+        batches, epochs, bottlenecks = _read_metrics(path / "metrics.jsonl", notes)
         optional = {}
         for name, meaning in (
             ("summary.json", "the run did not end, and totals come from the last epoch"),
@@ -235,6 +238,7 @@ class RunFolder:
             timeline=_timeline(path, stages, notes),
             staleness=staleness,
             notes=tuple(notes),
+            bottlenecks=bottlenecks,
         )
 
     @property
@@ -301,10 +305,14 @@ def _read_json(path: Path, *, required: bool) -> Record:
     return Record(values, path, text=text)
 
 
-def _read_metrics(path: Path, notes: list[str]) -> tuple[tuple[BatchPoint, ...], tuple[EpochPoint, ...]]:
+Bottlenecks = tuple[tuple[int, Bottleneck | None], ...]
+
+
+def _read_metrics(path: Path, notes: list[str]) -> tuple[tuple[BatchPoint, ...], tuple[EpochPoint, ...], Bottlenecks]:
     text = _read_text(path)
     batches: list[BatchPoint] = []
     epochs: list[EpochPoint] = []
+    bottlenecks: list[tuple[int, Bottleneck | None]] = []
     lines = text.split("\n")
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -345,9 +353,18 @@ def _read_metrics(path: Path, notes: list[str]) -> tuple[tuple[BatchPoint, ...],
                     last_batch=batches[-1].batch if batches else None,
                 )
             )
+        elif event == "bottleneck":
+            bottlenecks.append((_required(record, "batch"), _bottleneck(record)))
     if not batches and not epochs:
         notes.append(f"{path.name} holds no batch and no epoch: the run ended before its first batch.")
-    return tuple(batches), tuple(epochs)
+    return tuple(batches), tuple(epochs), tuple(bottlenecks)
+
+
+def _bottleneck(record: Record) -> Bottleneck | None:
+    try:
+        return Bottleneck.from_record(record.values)
+    except (KeyError, TypeError) as error:
+        raise record.error("kind", f"that of a bottleneck with all its fields (here {error} is amiss)") from error
 
 
 def _required(record: Record, name: str) -> int:
