@@ -87,6 +87,11 @@ def check_gradient_difference(every: Any, method: Method) -> None:
         return
     if isinstance(every, bool) or not isinstance(every, int) or every < 1:
         raise ConfigError(f"gradient_difference_every is {every!r}; it must be a number of batches, or None.")
+    if method.elastic_rule is not None:
+        raise ConfigError(
+            "gradient_difference_every is on and staleness is elastic; its order depends on timing. "
+            "Leave it out, or measure with a fixed staleness."
+        )
     if getattr(method, "accumulate", 1) > 1:
         raise ConfigError(
             "gradient_difference_every is on and gradients accumulate over batches; the gradient of one batch is never "

@@ -38,6 +38,7 @@ from stalewise.plan.partition import LayerCost, Partition, check_cuts, fixed_par
 from stalewise.plan.planner import Plan, plan_stages
 from stalewise.planning import measure, optimizer_copies, parse_bytes, share_batch
 from stalewise.protocol.program import StageProgram
+from stalewise.protocol.course import Orders
 from stalewise.protocol.stragglers import Straggler, Stragglers
 from stalewise.protocol.trace import Trace
 from stalewise.runtime.distributed import DistributedEngine
@@ -87,6 +88,8 @@ class Pipeline:
         measure_memory: measure what every stage holds (see `memory`). It changes no number of the run; layers inside
             which torch forbids saved-tensor hooks (`torch.func.grad`, for example) cannot be measured.
         verbose: whether rank 0 prints the partition that a profile found.
+        replay: the order of an elastic run (`orders` of that pipeline), which is repeated bitwise, on one process or
+            many, with the same batches and drains; None: elastic stages decide by themselves.
         stragglers: make steps slow on purpose, to see what it costs; the same steps whatever the method. It changes no
             number of the run.
 
@@ -120,6 +123,7 @@ class Pipeline:
         gradient_difference_every: int | None = None,
         measure_memory: bool = False,
         stragglers: Stragglers | Straggler | Sequence[Straggler] | None = None,
+        replay: Sequence[Sequence[str]] | None = None,
     ) -> None:
         check_functions(method, loss_fn, optimizer, lr_scheduler, param_groups)
         check_numbers(seed, clip_grad_norm, recv_timeout_s)
@@ -139,6 +143,7 @@ class Pipeline:
         self._verbose = verbose
         self._gradient_difference_every = gradient_difference_every
         self._measure_memory = measure_memory
+        self._replay = None if replay is None else tuple(tuple(cycles) for cycles in replay)
         self._stragglers = Stragglers.of(stragglers)
         self._stragglers.check_stages(method.num_stages)
         self._job = current_job() if is_distributed(engine) else None
@@ -244,6 +249,14 @@ class Pipeline:
         Headers and evaluations are not counted, so the numbers are those of the method, equal on both engines.
         """
         return [usage.bytes_sent for usage in self._built("bytes_sent").usages()]
+
+    def orders(self) -> Orders:
+        """Of an elastic method, what each stage chose so far, on every rank: for `replay`.
+
+        Per stage a text for each cycle (from drain to drain): F forwards the next batch, R recomputes the next one to
+        backward, B backwards it and updates. Nothing where staleness is fixed.
+        """
+        return self._built("orders").orders()
 
     def statuses(self) -> list[dict[str, Any]]:
         """How each stage is doing: JSON values, updated about twice a second; for displays."""
@@ -485,6 +498,7 @@ class Pipeline:
                 gradient_difference_every=self._gradient_difference_every,
                 measure_memory=self._measure_memory,
                 stragglers=self._stragglers,
+                replay=self._replay,
             )
         else:
             self._engine = DistributedEngine(
@@ -497,6 +511,7 @@ class Pipeline:
                 gradient_difference_every=self._gradient_difference_every,
                 measure_memory=self._measure_memory,
                 stragglers=self._stragglers,
+                replay=self._replay,
             )
         self.partition = plan
         self.cuts = plan.cuts
@@ -532,6 +547,7 @@ class Pipeline:
             "memory_limit": self._memory_limit,
             "measure_memory": self._measure_memory,
             "stragglers": repr(self._stragglers),
+            "replay": None if self._replay is None else hashlib.blake2b(repr(self._replay).encode()).hexdigest(),
         }
         everyone = all_gather_json(own, job.group)
         for rank, other in enumerate(everyone):

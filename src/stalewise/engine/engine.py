@@ -28,6 +28,7 @@ from stalewise.engine.memory import StageUsage
 from stalewise.engine.stage import Metric, Stage
 from stalewise.engine.tree import Tree
 from stalewise.errors import ConfigError
+from stalewise.protocol.course import Orders
 from stalewise.protocol.program import Program
 from stalewise.protocol.trace import Trace
 
@@ -318,6 +319,10 @@ class Engine(abc.ABC):
     @abc.abstractmethod
     def usages(self) -> list[StageUsage]:
         """Memory and traffic of all stages so far."""
+
+    @abc.abstractmethod
+    def orders(self) -> Orders:
+        """What each stage of an elastic program chose, cycle by cycle; nothing where the program is fixed."""
 
     @abc.abstractmethod
     def statuses(self) -> list[dict[str, Any]]:

@@ -45,11 +45,15 @@ from stalewise.engine.state import (
 )
 from stalewise.errors import ProgramError
 from stalewise.protocol.actions import Action, Kind
+from stalewise.protocol.course import Course, Orders, courses_of
 from stalewise.protocol.program import Program
 from stalewise.protocol.stragglers import NO_STRAGGLERS, Stragglers
 from stalewise.protocol.trace import Trace
 
 __all__ = ["SequentialEngine"]
+
+
+_RECEIVE = Action(Kind.RECEIVE_ACTIVATION, 0)
 
 
 class SequentialEngine(Engine):
@@ -62,6 +66,7 @@ class SequentialEngine(Engine):
         measure_memory: whether to measure what the stages hold; see `engine.memory`.
         stragglers: steps that are slow on purpose.
         logical_time: by which traces are kept instead of real time; None: real time.
+        replay: the order of each stage of an elastic program, to be repeated; None: the rule decides.
     """
 
     def __init__(
@@ -73,6 +78,7 @@ class SequentialEngine(Engine):
         measure_memory: bool = False,
         stragglers: Stragglers = NO_STRAGGLERS,
         logical_time: LogicalTime | None = None,
+        replay: Orders | None = None,
     ) -> None:
         super().__init__(program, gradient_difference_every=gradient_difference_every)
         every = gradient_difference_every
@@ -81,6 +87,7 @@ class SequentialEngine(Engine):
         self._feed = Feed((), self.stages[0].device)
         self._drain = True
         self._logical_time = logical_time
+        self._courses = courses_of(program, replay)
         self._links = [_LocalLinks(self) for _ in stages]
         for upper, lower in zip(self._links, self._links[1:], strict=False):
             upper.after, lower.before = lower, upper
@@ -128,19 +135,62 @@ class SequentialEngine(Engine):
     def _execute_step(self, step: int, num_batches: int | None) -> None:
         for meter in self._meters:
             meter.begin_step(step)
+        if self._courses:
+            self._execute_round(step, num_batches)
+            return
         streams = [deque(stage.step(step, num_batches, first_batch=self._first_batch)) for stage in self.program.stages]
         while any(streams):
             progress = False
             for interpreter, links, stream in zip(self._interpreters, self._links, streams, strict=True):
                 while stream and links.has_what_it_needs(stream[0]):
-                    action = stream.popleft()
-                    if self._logical_time is not None:
-                        self._logical_time.act(interpreter.stage.index, action)
-                    interpreter.execute(action, self._first_batch)
+                    self._act(interpreter.stage.index, stream.popleft())
                     progress = True
             if not progress:
                 waiting = ", ".join(f"stage {k} at {stream[0]}" for k, stream in enumerate(streams) if stream)
                 raise ProgramError(f"V9: deadlock in step {step}: {waiting}. Check the program with validate.check.")
+
+    def _execute_round(self, step: int, num_batches: int | None) -> None:
+        """A round of elastic stages, each as far as it can get; real time has no say in what they choose."""
+        draining = num_batches is not None and step >= num_batches
+        if step == 0:
+            for course in self._courses:
+                course.begin_cycle()
+        to_forward = [not draining] * len(self._courses)
+        while True:
+            progress = waiting = False
+            for stage, course in enumerate(self._courses):
+                while to_forward[stage] or course.must_backward or (draining and course.is_due(step, self._entered)):
+                    kind = self._choice(stage, course, forwards=to_forward[stage])
+                    if kind is None:
+                        waiting = True
+                        break
+                    for action in course.actions(kind):
+                        self._act(stage, action)
+                    course.did(kind, self.stages[stage].num_updates)
+                    to_forward[stage] = to_forward[stage] and kind is not Kind.FORWARD
+                    progress = True
+            if not waiting:
+                return
+            if not progress:
+                raise ProgramError(f"V9: deadlock in round {step}; the order of no stage can go on.")
+
+    def _choice(self, stage: int, course: Course, *, forwards: bool) -> Kind | None:
+        links = self._links[stage]
+        kind = course.choose(
+            activation_ready=forwards and (stage == 0 or links.has_what_it_needs(_RECEIVE)),
+            gradients_waiting=links.gradients_waiting,
+        )
+        if kind is None and not forwards:
+            # Nothing to decide any more: what is left is to backward, as soon as the gradient is there.
+            kind = course.next_backward()
+            if kind is Kind.BACKWARD and not course.has_gradient:
+                return None
+        return kind
+
+    def _act(self, stage: int, action: Action) -> None:
+        if self._logical_time is not None:
+            self._logical_time.act(stage, action)
+        self._interpreters[stage].execute(action, self._first_batch)
 
     def _losses_until(self, batch: int) -> list[Tensor]:
         first, *_ = [interpreter.take_losses(batch) for interpreter in self._interpreters]
@@ -215,7 +265,13 @@ class SequentialEngine(Engine):
         return [interpreter.usage() for interpreter in self._interpreters]
 
     def statuses(self) -> list[dict[str, Any]]:
-        return [interpreter.status() for interpreter in self._interpreters]
+        statuses = [interpreter.status() for interpreter in self._interpreters]
+        for status, course in zip(statuses, self._courses, strict=False):
+            status["staleness_counts"] = course.staleness_counts
+        return statuses
+
+    def orders(self) -> Orders:
+        return tuple(course.orders for course in self._courses)
 
     @property
     def learning_rate(self) -> float | None:
@@ -247,6 +303,11 @@ class _LocalLinks:
         if action.kind is Kind.RECEIVE_TOKEN:
             return bool(self._tokens)
         return True
+
+    @property
+    def gradients_waiting(self) -> int:
+        """Gradients that came and were not received yet."""
+        return len(self._gradients)
 
     def waiting(self) -> Iterator[Tensor]:
         """What was sent to this stage and not received yet."""

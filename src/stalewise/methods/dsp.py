@@ -15,6 +15,8 @@ Variants (ours, beyond the paper), on any staleness:
     activations=(.., ..)   one of the two for each stage; "auto" leaves it to a plan (`plan.planner`), which stores
                            where that makes a step shorter and the memory allows it.
     accumulate=M           one U per M batches, with the mean of their gradients.
+    elastic=True           m_k is a bound: a stage backwards as soon as it can, and runs ahead only while something is
+                           slow (`protocol.elastic`). Its order depends on timing; it is recorded and can be replayed.
 
 Source: Xu, Huo, Huang, On the Acceleration of Deep Learning Model Parallelism with Staleness, CVPR 2020,
 arXiv:1909.02625 [S for the ideas, D for the order of the actions].
@@ -28,6 +30,7 @@ from typing import ClassVar, Literal
 
 from stalewise.errors import ConfigError
 from stalewise.methods.method import Activations, Method, check_activations, stale_slots
+from stalewise.protocol.elastic import Elastic
 from stalewise.protocol.policy import BackwardWeights, StagePolicy
 from stalewise.protocol.program import StageProgram
 from stalewise.protocol.staleness import LinkState, Staleness, whole_numbers
@@ -47,6 +50,7 @@ class DSP(Method):
         activations: "recompute" (the paper's) or "stored", for all stages or one for each; or "auto".
         weights: which the backward of a stored graph uses, "stashed" or "current"; None: "stashed".
         accumulate: batches per update.
+        elastic: whether staleness is a bound that is used only while something is slow; then m_k >= K-1-k.
 
     Raises:
         ConfigError: where the two break the rules m_{K-1} = p_{K-1} = 0, m_k >= m_{k+1}, q_{k+1} >= 0.
@@ -58,6 +62,7 @@ class DSP(Method):
     activations: Activations | Literal["auto"] | tuple[Activations, ...]
     weights: BackwardWeights | None
     accumulate: int
+    elastic: bool
     _staleness: Staleness
 
     def __init__(
@@ -68,6 +73,7 @@ class DSP(Method):
         activations: Activations | Literal["auto"] | Sequence[Activations] = "recompute",
         weights: BackwardWeights | None = None,
         accumulate: int = 1,
+        elastic: bool = False,
     ) -> None:
         depths = staleness if isinstance(staleness, Staleness) else Staleness(staleness)
         if queue is None:
@@ -83,7 +89,10 @@ class DSP(Method):
         object.__setattr__(self, "activations", activations)
         object.__setattr__(self, "weights", weights or (None if activations == "recompute" else "stashed"))
         object.__setattr__(self, "accumulate", accumulate)
+        object.__setattr__(self, "elastic", elastic)
         self._policy()
+        if elastic is not False:
+            _check_elastic(elastic, depths, accumulate)
 
     @classmethod
     def minimal(
@@ -93,6 +102,7 @@ class DSP(Method):
         activations: Activations | Literal["auto"] | Sequence[Activations] = "recompute",
         weights: BackwardWeights | None = None,
         accumulate: int = 1,
+        elastic: bool = False,
     ) -> DSP:
         """The least staleness that decouples every stage: p_k = 1, m_k = 2(K-1-k) [D].
 
@@ -101,6 +111,7 @@ class DSP(Method):
             activations: see the class.
             weights: see the class.
             accumulate: see the class.
+            elastic: see the class.
         """
         if isinstance(num_stages, bool) or not isinstance(num_stages, int) or num_stages < 1:
             raise ConfigError(f"num_stages is {num_stages!r}; a pipeline has at least 1 stage.")
@@ -110,7 +121,13 @@ class DSP(Method):
             activations=activations,
             weights=weights,
             accumulate=accumulate,
+            elastic=elastic,
         )
+
+    @property
+    def elastic_rule(self) -> Elastic | None:
+        """How an elastic stage decides; None where m_k is fixed."""
+        return Elastic(bound=self._staleness) if self.elastic else None
 
     @property
     def staleness(self) -> Staleness:
@@ -157,6 +174,7 @@ class DSP(Method):
             activations=activations,
             weights=self.weights if "stored" in activations or activations == "auto" else None,
             accumulate=self.accumulate,
+            elastic=self.elastic,
         )
 
     def __repr__(self) -> str:
@@ -164,10 +182,28 @@ class DSP(Method):
             "" if self.activations == "recompute" else f", activations={self.activations!r}, weights={self.weights!r}"
         )
         variants += "" if self.accumulate == 1 else f", accumulate={self.accumulate}"
+        variants += ", elastic=True" if self.elastic else ""
         return f"DSP(queue={self.queue}, staleness={self._staleness.values}{variants})"
 
     def _policy(self) -> StagePolicy:
         return StagePolicy(weights=self.weights or "stashed", accumulate=self.accumulate)
+
+
+def _check_elastic(elastic: object, staleness: Staleness, accumulate: int) -> None:
+    if elastic is not True:
+        raise ConfigError(f"elastic is {elastic!r}; it must be True or False.")
+    least = Staleness(range(len(staleness) - 1, -1, -1))
+    if any(bound < depth for bound, depth in zip(staleness, least, strict=True)):
+        enough = tuple(map(max, staleness, least))
+        raise ConfigError(
+            f"staleness {staleness} as a bound is less than {least}, with which a calm pipeline is just full. Use "
+            f"{enough} or more, or elastic=False."
+        )
+    if accumulate > 1:
+        raise ConfigError(
+            f"elastic is on and accumulate is {accumulate}; a stage decides after every update, and so needs one per "
+            "batch. Use accumulate=1."
+        )
 
 
 def _checked_activations(

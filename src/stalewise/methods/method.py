@@ -8,6 +8,7 @@ from typing import ClassVar, Literal, final
 
 from stalewise.errors import ConfigError
 from stalewise.protocol.actions import Kind
+from stalewise.protocol.elastic import Elastic
 from stalewise.protocol.program import Program, Slot, StageProgram
 from stalewise.protocol.staleness import Staleness
 
@@ -44,6 +45,11 @@ class Method(abc.ABC):
         raise NotImplementedError(f"{self.name} leaves nothing to a plan")
 
     @property
+    def elastic_rule(self) -> Elastic | None:
+        """How stages decide at run time, where staleness is a bound; None where it is fixed."""
+        return None
+
+    @property
     def num_stages(self) -> int:
         """K."""
         return len(self.staleness)
@@ -54,6 +60,7 @@ class Method(abc.ABC):
         return Program(
             stages=tuple(self.stage_program(stage) for stage in range(self.num_stages)),
             staleness=self.staleness,
+            elastic=self.elastic_rule,
         )
 
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 from stalewise.errors import ProgramError
 from stalewise.protocol.actions import COMPUTE, Action, Kind
+from stalewise.protocol.elastic import Elastic
 from stalewise.protocol.policy import PLAIN, StagePolicy
 from stalewise.protocol.staleness import Staleness
 
@@ -119,10 +120,17 @@ NO_PROGRAM = StageProgram(())
 
 @dataclass(frozen=True, kw_only=True)
 class Program:
-    """The local steps of all stages, and the staleness that they claim to realise."""
+    """The local steps of all stages, and the staleness that they claim to realise.
+
+    Args:
+        stages: their local steps. Of an elastic program these are the steps of a run that is as stale as it may be.
+        staleness: m_k; of an elastic program the bound.
+        elastic: how stages decide at run time what to do next; None: they repeat their local step.
+    """
 
     stages: tuple[StageProgram, ...]
     staleness: Staleness
+    elastic: Elastic | None = None
 
     def __post_init__(self) -> None:
         if len(self.stages) != len(self.staleness):

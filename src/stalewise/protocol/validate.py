@@ -5,11 +5,12 @@
     V3  every batch is backwarded exactly once on every stage, in order (FIFO)
     V4  an action finds what it needs: its input, its graph (a recompute where the forward kept none), its gradient
     V5  realised staleness = declared: when B j runs, the newest forwarded batch is j + m_k, less only in the drain;
-        F n uses the weights after n - m_k updates (over accumulate, where gradients accumulate)
+        F n uses the weights after n - m_k updates (over accumulate, where gradients accumulate). Of an elastic
+        program m_k is a bound: the newest forwarded batch is at most j + m_k, the updates are n - m_k or more
     V6  every message is received once, in the order in which it was sent
     V7  a stage holds at most m_k + 1 stored inputs
     V8  a link holds at most m_k + 1 batches in warm-up and d_k + 1 after it, whoever runs ahead (where gradients are
-        predicted: their delay and the difference of the delays, plus 1)
+        predicted: their delay and the difference of the delays, plus 1; of an elastic program always m_k + 1)
     V9  no deadlock: some stage can always go on until all are done
     V10 every backward is followed by an update, and nothing is left at the end: no input, graph, message or gradient
 
@@ -242,7 +243,7 @@ class DryRun:
         yield from _in_order("V2", state.forwarded, unit)
         state.forwarded.append(unit)
         due = max(0, unit[0] - self.program.staleness[stage]) // self.program.stages[stage].policy.accumulate
-        if state.updates != due:
+        if state.updates < due or (state.updates > due and self.program.elastic is None):
             yield "V5", f"uses weights after {state.updates} updates; its staleness wants {due}."
         state.stored.add(unit)
         bound = self.program.staleness[stage] + 1
@@ -262,7 +263,8 @@ class DryRun:
         state.backwarded.append(unit)
         newest = max((batch for batch, _ in state.forwarded), default=-1)
         declared = self.program.staleness[stage]
-        if newest != min(unit[0] + declared, self.num_batches - 1):
+        ahead = min(unit[0] + declared, self.num_batches - 1)
+        if newest > ahead or (newest < ahead and self.program.elastic is None):
             yield (
                 "V5",
                 f"batch {newest} is the newest forward; staleness {declared} wants {unit[0] + declared}.",
@@ -291,7 +293,8 @@ class DryRun:
             slack = depth - self.sending_lag[stage + 1]
         else:
             depth, slack = self.program.staleness[stage], self.program.staleness.slack[stage]
-        bound = (slack if warm else depth) + 1
+        # The stage below an elastic one may hold fewer batches than its bound; the link then holds more.
+        bound = (slack if warm and self.program.elastic is None else depth) + 1
         if held > bound:
             yield "V8", f"link {stage} -> {stage + 1} holds {held} batches; at most {bound} may be in it."
 

@@ -42,9 +42,11 @@ from stalewise.engine.state import (
     stage_state,
 )
 from stalewise.errors import ConfigError, PeerLost, StalewiseError
+from stalewise.protocol.course import Orders, courses_of
 from stalewise.protocol.program import Program
 from stalewise.protocol.stragglers import NO_STRAGGLERS, Stragglers
 from stalewise.protocol.trace import Trace
+from stalewise.runtime.elastic_rank import ElasticRank
 from stalewise.runtime.exchange import all_gather_json, all_gather_tensors, broadcast_json
 from stalewise.runtime.job import Job
 from stalewise.runtime.link import Receiver, Sender
@@ -81,6 +83,7 @@ class DistributedEngine(Engine):
         gradient_difference_every: see `Engine`.
         measure_memory: whether to measure what this rank's stage holds; see `engine.memory`.
         stragglers: steps that are slow on purpose.
+        replay: the order of each stage of an elastic program, to be repeated; None: the rule decides.
     """
 
     def __init__(
@@ -95,6 +98,7 @@ class DistributedEngine(Engine):
         gradient_difference_every: int | None = None,
         measure_memory: bool = False,
         stragglers: Stragglers = NO_STRAGGLERS,
+        replay: Orders | None = None,
     ) -> None:
         super().__init__(program, gradient_difference_every=gradient_difference_every)
         self.stage = stage
@@ -123,6 +127,8 @@ class DistributedEngine(Engine):
             waiting=self._links.held,
             brake=Brake(stragglers, job.rank, stage.device) if stragglers else None,
         )
+        courses = courses_of(program, replay)
+        self._elastic = ElasticRank(courses[job.rank], self._interpreter, self._links) if courses else None
         self._feed = Feed((), stage.device)
         self._drain = True
         self._draining = False
@@ -176,11 +182,23 @@ class DistributedEngine(Engine):
                 receiver.open()
 
     def _another_batch(self) -> bool:
+        if self._elastic is not None:
+            return self._another_elastic_batch(self._elastic)
         if self._links.activations_in is None:
             with self._failures_reported("load", self.num_batches):
                 return not self._leaving and self._feed.another()
         with self._failures_reported("receive activation", self.num_batches):
             return self._links.activations_in.peek(self.num_batches).kind is MessageKind.ACTIVATION
+
+    def _another_elastic_batch(self, elastic: ElasticRank) -> bool:
+        try:
+            with self._failures_reported():
+                return elastic.until_forward(
+                    self.num_batches, self._first_batch, lambda: not self._leaving and self._feed.another()
+                )
+        except BaseException:
+            self._failed = True
+            raise
 
     def _close(self) -> bool:
         with self._failures_reported("end of a session"):
@@ -211,6 +229,9 @@ class DistributedEngine(Engine):
         if self._meter is not None:
             self._meter.begin_step(step)
         with self._failures_reported():
+            if self._elastic is not None:
+                self._elastic.round(step, num_batches, self._first_batch)
+                return
             for action in self.program.stages[self._job.rank].step(step, num_batches, first_batch=self._first_batch):
                 self._interpreter.execute(action, self._first_batch)
 
@@ -377,6 +398,14 @@ class DistributedEngine(Engine):
         with self._failures_reported("usages"):
             return [StageUsage.from_json(usage) for usage in all_gather_json(own, self._job.group)]
 
+    def orders(self) -> Orders:
+        self._end_left_session()
+        if self._elastic is None:
+            return ()
+        with self._failures_reported("orders"):
+            everyone = all_gather_json(list(self._elastic.course.orders), self._job.group)
+            return tuple(tuple(cycles) for cycles in everyone)
+
     # -- failures ------------------------------------------------------------------------------------------------
 
     @contextmanager
@@ -407,7 +436,10 @@ class DistributedEngine(Engine):
         return [shown[rank] for rank in sorted(shown) if shown[rank]]
 
     def _status(self) -> dict[str, Any]:
-        return {**self._interpreter.status(), **self._links.waiting()}
+        status = {**self._interpreter.status(), **self._links.waiting()}
+        if self._elastic is not None:
+            status["staleness_counts"] = self._elastic.course.staleness_counts
+        return status
 
 
 def _see_last_messages(

@@ -160,14 +160,18 @@ class Receiver:
         endpoint: the peer.
         timeout_s: how long `get` waits for a frame.
         limit: frames that may wait; the peer's later ones stay with the peer. 0: no limit.
+        arrivals: set whenever something comes, a failure included, or None.
     """
 
-    def __init__(self, endpoint: Endpoint, *, timeout_s: float, limit: int = 0) -> None:
+    def __init__(
+        self, endpoint: Endpoint, *, timeout_s: float, limit: int = 0, arrivals: threading.Event | None = None
+    ) -> None:
         self._endpoint = endpoint
         self._timeout_s = timeout_s
         host_or_device = endpoint.device if endpoint.payload_group is not None else torch.device("cpu")
         self._decoder = Decoder(endpoint.plan, self._fill, host_or_device, f"{endpoint.what}s from {endpoint.name}")
         self._queue: queue.Queue[tuple[Frame, torch.cuda.Event | None] | BaseException] = queue.Queue(limit)
+        self._arrivals = threading.Event() if arrivals is None else arrivals
         self._cause: WorkerError | None = None
         self._stream = _side_stream(endpoint.device)
         self._thread: threading.Thread | None = None
@@ -196,6 +200,7 @@ class Receiver:
         self._cause = error
         with suppress(queue.Full):
             self._queue.put_nowait(error)
+        self._arrivals.set()
 
     def __len__(self) -> int:
         """Frames that wait in the queue."""
@@ -206,6 +211,25 @@ class Receiver:
         with self._queue.mutex:
             waiting = [item[0] for item in self._queue.queue if not isinstance(item, BaseException)]
         return [leaf for frame in (*self._heads, *waiting) for leaf in frame.leaves if leaf is not None]
+
+    def has_any(self) -> bool:
+        """Whether `peek` would return, or raise, at once."""
+        return bool(self._heads) or self._queue.qsize() > 0
+
+    def count(self, kind: MessageKind) -> int:
+        """Frames of a kind that wait."""
+        with self._queue.mutex:
+            waiting = [item[0] for item in self._queue.queue if not isinstance(item, BaseException)]
+        return sum(frame.kind is kind for frame in (*self._heads, *waiting))
+
+    def check(self, batch: int) -> None:
+        """Raise what ended the link, where nothing that came before is left. See `get`."""
+        if self._cause is not None:
+            raise self._cause
+        with self._queue.mutex:
+            ended = bool(self._queue.queue) and isinstance(self._queue.queue[0], BaseException)
+        if ended and not self._heads:
+            self.peek(batch)
 
     def peek(self, batch: int) -> Frame:
         """The next frame, which stays; waits for it. See `get`."""
@@ -286,10 +310,12 @@ class Receiver:
                     if self._stream is not None:
                         frame = self._on_device(frame)
                     self._queue.put((frame, _event_of(self._endpoint.device)))
+                    self._arrivals.set()
                     if frame.kind is MessageKind.END:
                         return
         except BaseException as error:
             self._queue.put(error)
+            self._arrivals.set()
 
     def _on_device(self, frame: Frame) -> Frame:
         device = self._endpoint.device

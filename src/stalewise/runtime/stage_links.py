@@ -8,6 +8,7 @@ Losses ride with the gradients, tokens go from the last rank to rank 0, and an E
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, TypeVar
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from stalewise.engine.messages import Activation, Gradient
 from stalewise.engine.tree import flatten, unflatten
-from stalewise.errors import TransportError
+from stalewise.errors import ReceiveTimeout, TransportError
 from stalewise.protocol.actions import Kind
 from stalewise.protocol.program import Program, StageProgram
 from stalewise.runtime.job import Job
@@ -60,6 +61,8 @@ class StageLinks:
         self._load = load
         self.on_received: Callable[[Kind, int, int | None, Any], None] | None = None
         """Told of every message of the program that the stage takes: kind, batch, micro-batch, message."""
+        self._recv_timeout_s = recv_timeout_s
+        self.arrivals = threading.Event()
 
         def endpoint(what: str, sender: int, receiver: int) -> Endpoint:
             peer = receiver if job.rank == sender else sender
@@ -75,7 +78,8 @@ class StageLinks:
             )
 
         rank, last = job.rank, job.world_size - 1
-        sender, receiver = partial(Sender, timeout_s=recv_timeout_s), partial(Receiver, timeout_s=recv_timeout_s)
+        sender = partial(Sender, timeout_s=recv_timeout_s)
+        receiver = partial(Receiver, timeout_s=recv_timeout_s, arrivals=self.arrivals)
         self.activations_in = self.gradients_in = self.tokens_in = None
         self.activations_out = self.gradients_out = self.tokens_out = None
         if any(slot.kind is Kind.SEND_TOKEN for slot in program.stages[last].slots):
@@ -201,6 +205,36 @@ class StageLinks:
         assert self.activations_in is not None
         frame = self.activations_in.get(batch)
         return None if frame.kind is MessageKind.END else frame_activation(frame)
+
+    # -- for stages that decide at run time ----------------------------------------------------------------------
+
+    def next_in_line(self, batch: int) -> MessageKind | None:
+        """What the rank above sent next, an activation or the END; None while nothing is there."""
+        assert self.activations_in is not None
+        return self.activations_in.peek(batch).kind if self.activations_in.has_any() else None
+
+    def gradients_waiting(self) -> int:
+        """Gradients that came and were not received yet; 0 on the last rank."""
+        return 0 if self.gradients_in is None else self.gradients_in.count(MessageKind.GRADIENT)
+
+    def wait_for_arrival(self, batch: int) -> None:
+        """Wait until something comes after `arrivals` was cleared.
+
+        Raises:
+            ReceiveTimeout: where nothing came in time.
+            PeerLost: where a peer is gone.
+            WorkerError: where another worker failed.
+        """
+        for receiver in self.receivers:
+            receiver.check(batch)
+        came = self.arrivals.wait(self._recv_timeout_s)
+        for receiver in self.receivers:
+            receiver.check(batch)
+        if not came:
+            raise ReceiveTimeout(
+                f"neither an activation of batch {batch} nor a gradient came in {self._recv_timeout_s} s. Look at the "
+                "logs of the neighbouring ranks first; raise recv_timeout_s only if a step really takes that long."
+            )
 
     def flush(self) -> None:
         """Wait until everything is sent."""

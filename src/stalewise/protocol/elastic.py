@@ -1,0 +1,180 @@
+"""Elastic staleness: a stage decides at run time whether to forward or to backward, by what it can see itself.
+
+    in flight   batches forwarded here and not backwarded yet
+    below       of these, the batches whose gradient has not come: the stages below work on them, or have them waiting
+    least       K-1-k: a batch in each stage below keeps them all busy
+
+The rule:
+
+    1  While no more than `least` batches are below, the next stage is about to starve: forward before anything else.
+       Otherwise backward what has its gradient, and forward only where there is nothing to backward.
+    2  Forward only while the batches in flight are at most m_k: the bound while something is slow, `least` otherwise.
+    3  Something is slow for 32 updates after one that took more than 1.1 times the median of the 16 before it.
+
+So a calm pipeline is DSP(m_k = K-1-k), the shallowest that runs at full rate. When a step is slow here, or holds this
+stage up from elsewhere, the stage runs ahead up to its bound, and when calm is back it backwards without forwarding
+until only `least` batches are left in flight. While nothing else can be done, the next batch is recomputed ahead of its
+gradient: the weights for that are those after the update before it, and no forward changes them.
+
+Everything here is a count or the end of an own update: no message carries more than before. No clock is read; whoever
+uses this says when an update ended. What was tried besides, and how the numbers were chosen: docs/elastic.md.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import deque
+from dataclasses import dataclass
+
+from stalewise.errors import ConfigError
+from stalewise.protocol.actions import Kind
+from stalewise.protocol.staleness import Staleness
+
+__all__ = ["Elastic", "ElasticStage", "SlowSteps"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Elastic:
+    """The bounds and constants of the rule.
+
+    Args:
+        bound: m_k, the largest staleness that each stage may realise.
+        least: staleness of a calm pipeline, at most the bound; None: K-1-k, or the bound where that is less. Links with
+            a latency may need more.
+        recompute: whether stages above the last one forward without a graph and recompute.
+        slow_factor: by which an update must be longer than the median to count as slow.
+        memory: updates that the median is taken over.
+        hold: updates for which the bound is `bound` after a slow one.
+
+    Raises:
+        ConfigError: where `least` exceeds the bound, or a constant is out of its range.
+    """
+
+    bound: Staleness
+    least: Staleness | None = None
+    recompute: bool = True
+    slow_factor: float = 1.1
+    memory: int = 16
+    hold: int = 32
+
+    def __post_init__(self) -> None:
+        least = self.bound if self.least is None else self.least
+        if len(least) != len(self.bound) or any(a > b for a, b in zip(least, self.bound, strict=True)):
+            raise ConfigError(
+                f"least staleness {least} must have an entry per stage, each at most that of the bound {self.bound}."
+            )
+        if not self.slow_factor > 1 or self.memory < 1 or self.hold < 0:
+            raise ConfigError(
+                f"slow_factor {self.slow_factor} must be above 1, memory {self.memory} at least 1, hold {self.hold} at "
+                "least 0."
+            )
+
+    @property
+    def num_stages(self) -> int:
+        """K."""
+        return len(self.bound)
+
+    def least_of(self, stage: int) -> int:
+        """The staleness of a stage in a calm pipeline."""
+        least = self.num_stages - 1 - stage if self.least is None else int(self.least[stage])
+        return min(least, int(self.bound[stage]))
+
+
+class SlowSteps:
+    """Tells from the ends of a stage's updates whether something is slow.
+
+    Args:
+        factor: see `Elastic.slow_factor`.
+        memory: see `Elastic`.
+        hold: see `Elastic`.
+    """
+
+    def __init__(self, *, factor: float, memory: int, hold: int) -> None:
+        self._factor, self._hold = factor, hold
+        self._times: deque[int] = deque(maxlen=memory)
+        self._last: int | None = None
+        self._left = 0
+
+    @property
+    def slow(self) -> bool:
+        """Whether one of the last updates was slow."""
+        return self._left > 0
+
+    def updated(self, time_ns: int) -> None:
+        """An update ended at `time_ns`, on any clock that only goes forward."""
+        self._left = max(self._left - 1, 0)
+        if self._last is not None:
+            took = time_ns - self._last
+            # A median of few says little: the first updates of a pipeline that fills differ anyway.
+            known = len(self._times) >= min(4, self._times.maxlen or 4)
+            if known and took > self._factor * statistics.median_low(self._times):
+                self._left = self._hold
+            self._times.append(took)
+        self._last = time_ns
+
+
+class ElasticStage:
+    """The counts of one stage, and what it does next.
+
+    Args:
+        rule: of the pipeline.
+        stage: k.
+
+    Attributes:
+        forwarded: batches forwarded so far.
+        received: gradients that have come; on the last stage equal to `forwarded`.
+        backwarded: batches backwarded so far.
+        slow_steps: whether something is slow.
+    """
+
+    def __init__(self, rule: Elastic, stage: int) -> None:
+        self._bound, self._least = rule.bound[stage], rule.least_of(stage)
+        self._below = rule.num_stages - 1 - stage
+        self._recomputes = rule.recompute and self._below > 0
+        self._graph = False
+        self.forwarded = self.received = self.backwarded = 0
+        self.slow_steps = SlowSteps(factor=rule.slow_factor, memory=rule.memory, hold=rule.hold)
+
+    @property
+    def in_flight(self) -> int:
+        """Batches forwarded and not backwarded: what the next backward's staleness is, plus one."""
+        return self.forwarded - self.backwarded
+
+    def next_action(self, activation_ready: bool) -> Kind | None:
+        """`FORWARD`, `RECOMPUTE` or `BACKWARD`; None: wait for a message.
+
+        Args:
+            activation_ready: whether the next batch's activation (on the first stage, the batch) is there.
+        """
+        may_forward = activation_ready and self.in_flight <= (self._bound if self.slow_steps.slow else self._least)
+        starving = self.forwarded - self.received <= self._below and self._below > 0
+        if may_forward and starving:
+            return Kind.FORWARD
+        if self.received > self.backwarded:
+            return Kind.BACKWARD if self._graph or not self._recomputes else Kind.RECOMPUTE
+        if may_forward:
+            return Kind.FORWARD
+        if self._recomputes and self.in_flight and not self._graph:
+            return Kind.RECOMPUTE
+        return None
+
+    def gradient_came(self) -> None:
+        """The gradient of the next batch to backward without one is here."""
+        self.received += 1
+
+    def did(self, kind: Kind, time_ns: int) -> None:
+        """An action of `next_action` is done; a backward with its update.
+
+        Args:
+            kind: the action.
+            time_ns: when it ended.
+        """
+        if kind is Kind.FORWARD:
+            self.forwarded += 1
+            self.received += self._below == 0
+        elif kind is Kind.RECOMPUTE:
+            self._graph = True
+        else:
+            self.backwarded += 1
+            self._graph = False
+            self.slow_steps.updated(time_ns)
