@@ -37,8 +37,8 @@ from stalewise.plan.memory import StageMemory
 from stalewise.plan.partition import LayerCost, Partition, check_cuts, fixed_partition
 from stalewise.plan.planner import Plan, plan_stages
 from stalewise.planning import measure, optimizer_copies, parse_bytes, share_batch
-from stalewise.protocol.program import StageProgram
 from stalewise.protocol.course import Orders
+from stalewise.protocol.program import StageProgram
 from stalewise.protocol.stragglers import Straggler, Stragglers
 from stalewise.protocol.trace import Trace
 from stalewise.runtime.distributed import DistributedEngine
@@ -306,7 +306,8 @@ class Pipeline:
         attachments: Sequence[Attachment] = (),
         wait: bool = False,
     ) -> Path | None:
-        """Save everything that the run needs to go on, at any time, also in a loop over `train`.
+        """Save everything that the run needs to go on, at any time, also in a loop over `train` (elastic staleness:
+        after a drain).
 
         All ranks call it at the same place. Each waits until its stage is copied to host memory; the files are written
         in the background, into a folder that all ranks share, and become visible together by one rename. An error of
@@ -326,6 +327,11 @@ class Pipeline:
             ConfigError: where the state holds what a checkpoint cannot hold, or another run uses the folder.
             SaveError: where this checkpoint, or the one before, could not be written.
         """
+        if self.method.elastic_rule is not None and self.batches_in_flight:
+            raise ConfigError(
+                f"{self.batches_in_flight} batches are in flight and staleness is elastic, so what lies on the links "
+                "depends on timing. Save after a drain, or with a fixed staleness."
+            )
         return self._persistence.save(
             self._built("save"),
             Path(directory),

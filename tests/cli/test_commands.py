@@ -103,6 +103,40 @@ def test_processes_give_the_numbers_of_one_process(sequential_run: Path, tmp_pat
 
 
 @pytest.mark.dist
+@pytest.mark.slow
+def test_an_elastic_run_is_replayed_from_its_folder(tmp_path: Path) -> None:
+    """On processes with slow steps, then in one process without any: the same losses and weights."""
+    folder, again = tmp_path / "elastic", tmp_path / "again"
+    slow = ("--straggler", "probability=0.2,pause=0.01,duration=2")
+    done = stalewise("train", *TINY, "--staleness", "6,3,0", "--option", "elastic=true", *slow, "--out", str(folder))
+    assert done.returncode == 0, done.stderr
+    orders = [(folder / "order" / f"stage{stage}.txt").read_text().split() for stage in range(3)]
+    assert [[cycle.count("F") for cycle in cycles] for cycles in orders] == [[6, 6]] * 3
+    summary = json.loads((folder / "summary.json").read_text())
+    assert [sum(counts) for counts in summary["staleness_counts"]] == [12, 12, 12]
+    assert summary["staleness_counts"][2] == [12]
+    assert "Elastic staleness" in (folder / "report.html").read_text()
+
+    done = stalewise("train", "--replay", str(folder), "--engine", "sequential", "--out", str(again))
+    assert done.returncode == 0, done.stderr
+    assert losses(again) == losses(folder)
+    ours, theirs = (load_file(path / "model.safetensors") for path in (again, folder))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert [(again / "order" / f"stage{stage}.txt").read_text().split() for stage in range(3)] == orders
+
+    (folder / "order" / "stage0.txt").write_text("FFFFFFFFF\n")
+    broken = stalewise("train", "--replay", str(folder), "--engine", "sequential", "--out", str(tmp_path / "no"))
+    assert broken.returncode == 2
+    assert "differ in their numbers of lines" in broken.stderr
+
+
+def test_a_run_of_fixed_staleness_is_not_replayed(sequential_run: Path, tmp_path: Path) -> None:
+    done = stalewise("train", "--replay", str(sequential_run), "--out", str(tmp_path / "run"))
+    assert done.returncode == 2
+    assert "fixed staleness" in done.stderr
+
+
+@pytest.mark.dist
 def test_a_wrong_model_ends_in_one_sentence(tmp_path: Path) -> None:
     done = stalewise("train", *TINY, "--model", "resnet21", "--out", str(tmp_path / "run"))
     assert done.returncode == 2

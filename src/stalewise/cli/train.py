@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +11,7 @@ import typer
 
 from stalewise.cli.recipes import use_recipe
 from stalewise.experiments.config import DISPLAYS, SCHEDULES, TrainConfig, parse_fractions, parse_numbers, parse_options
+from stalewise.experiments.replay import replayed_config
 from stalewise.experiments.run_writer import prepare_run_folder
 from stalewise.experiments.straggler_options import STRAGGLER_HELP, parse_stragglers
 from stalewise.experiments.training import run
@@ -82,6 +84,13 @@ def train(
     ] = 1,
     recv_timeout: Annotated[float, typer.Option(help="Seconds a stage waits for one message.")] = 300.0,
     straggler: Annotated[list[str] | None, typer.Option(help=STRAGGLER_HELP)] = None,
+    replay: Annotated[
+        Path | None,
+        typer.Option(
+            help="Repeat the elastic run in this folder bitwise: as configured, in the order that it took. Of other "
+            "options only --engine, --straggler, --out and --display count."
+        ),
+    ] = None,
     measure_memory: Annotated[
         bool, typer.Option("--measure-memory", help="Keep what every stage holds at most in the summary.")
     ] = False,
@@ -135,6 +144,9 @@ def train(
         display="json" if json else display,
         stragglers=parse_stragglers(straggler or []),
     )
+    if replay is not None:
+        repeated = replayed_config(replay, engine=engine, display=config.display)
+        config = replace(repeated, stragglers=config.stragglers)
     folder = out or _default_folder(config)
     prepare_run_folder(folder, overwrite=overwrite)
     run(config, folder)

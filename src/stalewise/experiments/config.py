@@ -58,6 +58,7 @@ class TrainConfig:
         gradient_difference_every: batches between measurements of the gradient difference, or None.
         display: of `DISPLAYS`.
         stragglers: steps that are slow on purpose.
+        replay: folder of the elastic run whose order is repeated, or None.
 
     Raises:
         ConfigError: where a value is not valid.
@@ -97,6 +98,7 @@ class TrainConfig:
     gradient_difference_every: int | None = None
     display: str = "auto"
     stragglers: tuple[Straggler, ...] = ()
+    replay: str | None = None
 
     def __post_init__(self) -> None:
         for name, least in (

@@ -225,6 +225,15 @@ class StageRate:
         self.waiting = min((status["wait_ns"] - before["wait_ns"]) / elapsed, 1.0)
         self.activations_waiting: int | None = status.get("activations_waiting")
         self.gradients_waiting: int | None = status.get("gradients_waiting")
+        self.staleness = _mean_depth(status.get("staleness_counts"), before.get("staleness_counts"))
+
+
+def _mean_depth(counts: Sequence[int] | None, before: Sequence[int] | None) -> float | None:
+    """Mean realised staleness of the backwards between two counts; None where it is fixed, or none took place."""
+    if counts is None:
+        return None
+    new = [count - (before[depth] if before else 0) for depth, count in enumerate(counts)]
+    return sum(depth * count for depth, count in enumerate(new)) / sum(new) if sum(new) else None
 
 
 class StageRates:
@@ -250,7 +259,9 @@ def stage_table(rates: Sequence[StageRate]) -> Table:
     """The stages as a table."""
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("stage")
-    for name in ("batch", "busy", "waiting", "activations queued", "gradients queued"):
+    names = ["batch", "busy", "waiting", "activations queued", "gradients queued"]
+    elastic = any(rate.staleness is not None for rate in rates)
+    for name in (*names, "staleness") if elastic else names:
         table.add_column(name, justify="right")
     for rate in rates:
         table.add_row(
@@ -260,6 +271,7 @@ def stage_table(rates: Sequence[StageRate]) -> Table:
             f"{100 * rate.waiting:.0f}%",
             "-" if rate.activations_waiting is None else str(rate.activations_waiting),
             "-" if rate.gradients_waiting is None else str(rate.gradients_waiting),
+            *(["-" if rate.staleness is None else f"{rate.staleness:.1f}"] if elastic else []),
         )
     return table
 

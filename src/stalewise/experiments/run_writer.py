@@ -4,7 +4,7 @@ config.json        the `TrainConfig`                     environment.json   vers
 partition.json     the cuts, and what was measured       metrics.jsonl      a JSON object per batch and epoch
 summary.json       the result                            model.safetensors  the unsplit model, original names
 timeline/          every action of every stage (.npz)    trace.json         the same for Perfetto
-report.html        all of it for people
+report.html        all of it for people                  order/             what elastic stages chose (.txt)
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ from stalewise.experiments.config import TrainConfig
 from stalewise.experiments.display import Display, make_display
 from stalewise.experiments.environment import describe_environment, typed_command
 from stalewise.experiments.optimizers import optimizer_recipe, schedule_recipe
+from stalewise.experiments.replay import order_summary, read_orders, write_orders
 from stalewise.experiments.run_model import build_run_model
 from stalewise.experiments.run_plan import predict_step
 from stalewise.experiments.run_writer import RunWriter, write_json, write_timeline
@@ -97,6 +98,7 @@ def train_worker(folder: str, command: str) -> None:
         gradient_difference_every=config.gradient_difference_every,
         verbose=False,
         stragglers=config.stragglers,
+        replay=None if config.replay is None else read_orders(Path(config.replay), config.build_method().program()),
     )
     if pipeline.rank == 0:
         write_json(path / "environment.json", describe_environment(command, pipeline.devices, threads))
@@ -168,6 +170,7 @@ class _Recorder:
                 "samples_per_s": len(self._data.train) / epoch_s,
                 "epoch_s": epoch_s,
                 "time_s": self._elapsed(),
+                **self._staleness_counts(),
             }
             self._record(result)
             self._writer.flush()
@@ -227,6 +230,11 @@ class _Recorder:
                     "time_s": self._elapsed(),
                 }
             )
+
+    def _staleness_counts(self) -> dict[str, Any]:
+        """Of elastic stages: backwards so far by realised staleness, per stage."""
+        counts = [status.get("staleness_counts") for status in self._pipeline.statuses()]
+        return {"staleness_counts": counts} if counts and all(counts) else {}
 
     def _keep_partition(self) -> None:
         partition = self._pipeline.partition
@@ -300,12 +308,13 @@ def _step_times(pipeline: Pipeline, timeline: Timeline) -> dict[str, float | Non
 
 def _finish(path: Path, pipeline: Pipeline, display: Display | None, summary: dict[str, Any]) -> None:
     """Rank 0 leaves the model, the timeline of all ranks, and what is made for people."""
-    traces, state = pipeline.traces(), pipeline.state_dict()
+    traces, state, orders = pipeline.traces(), pipeline.state_dict(), pipeline.orders()
     if display is None:
         return
     write_timeline(path, traces)
+    write_orders(path, orders)
     timeline = Timeline.from_traces(traces)
-    summary = {**summary, **_step_times(pipeline, timeline)}
+    summary = {**summary, **_step_times(pipeline, timeline), **order_summary(orders)}
     write_json(path / "summary.json", summary)
     save_file({name: value.contiguous() for name, value in state.items()}, path / "model.safetensors")
     records = sum(map(len, traces))

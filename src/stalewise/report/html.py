@@ -9,6 +9,7 @@ from pathlib import Path
 from stalewise.protocol.staleness import LinkState, Staleness
 from stalewise.report import figures
 from stalewise.report.atomic import atomic_text
+from stalewise.report.elastic import elastic_section
 from stalewise.report.findings import findings, summary_sentence
 from stalewise.report.page import (
     Markup,
@@ -94,6 +95,7 @@ def write_report(run_dir: Path) -> Path:
         _time(run, usage),
         _partition(run),
         _method(run),
+        *elastic_section(run),
         section(
             "Configuration and environment",
             columns(

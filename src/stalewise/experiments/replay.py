@@ -1,0 +1,107 @@
+"""Repeats an elastic run from its folder: its configuration, its cuts, and the order of each stage.
+
+order/stage0.txt    a line per cycle (from drain to drain), a letter per choice; see `protocol.course`
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from stalewise.errors import ConfigError
+from stalewise.experiments.config import TrainConfig
+from stalewise.protocol.course import Orders, realised_staleness, streams_of
+from stalewise.protocol.program import Program
+from stalewise.protocol.validate import run_streams
+
+__all__ = ["order_summary", "read_orders", "replayed_config", "write_orders"]
+
+
+def write_orders(path: Path, orders: Orders) -> None:
+    """Leave the order of each stage in a run folder; nothing where staleness is fixed."""
+    if not orders:
+        return
+    folder = path / "order"
+    folder.mkdir(exist_ok=True)
+    for stage, cycles in enumerate(orders):
+        (folder / f"stage{stage}.txt").write_text("".join(f"{letters}\n" for letters in cycles), encoding="ascii")
+
+
+def read_orders(path: Path, program: Program) -> Orders:
+    """The order of each stage of a run, held to the rules of its program.
+
+    Raises:
+        ConfigError: where the folder has none, or what it has breaks a rule.
+    """
+    orders = []
+    for stage in range(program.num_stages):
+        file = path / "order" / f"stage{stage}.txt"
+        try:
+            orders.append(tuple(file.read_text(encoding="ascii").split("\n")[:-1]))
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(
+                f"{file} cannot be read ({error}); only a finished elastic run leaves an order."
+            ) from None
+    if len({len(cycles) for cycles in orders}) != 1:
+        raise ConfigError(
+            f"the orders in {path / 'order'} have different numbers of lines; copy them from the run again."
+        )
+    for cycle in range(len(orders[0])):
+        num_batches = orders[0][cycle].count("F")
+        for violation in run_streams(program, streams_of(program, tuple(orders), cycle), num_batches):
+            raise ConfigError(
+                f"line {cycle + 1} of the orders in {path / 'order'} breaks {violation} Copy them from the run again."
+            )
+    return tuple(orders)
+
+
+def replayed_config(path: Path, *, engine: str, display: str) -> TrainConfig:
+    """The configuration that repeats a run, with its cuts and its threads.
+
+    Args:
+        path: folder of the run.
+        engine: on which to repeat it.
+        display: see `TrainConfig`.
+
+    Raises:
+        ConfigError: where the folder is not that of a finished elastic run.
+    """
+    config = TrainConfig.read(path / "config.json")
+    if config.build_method().elastic_rule is None:
+        raise ConfigError(
+            f"{path} is of a run with fixed staleness, whose numbers do not depend on timing. "
+            "Train again with its command."
+        )
+    try:
+        cuts = json.loads((path / "partition.json").read_text(encoding="utf-8"))["cuts"]
+        threads = json.loads((path / "environment.json").read_text(encoding="utf-8"))["threads_per_stage"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"{path} holds no finished run ({error}); give the folder of one that has ended.") from None
+    return replace(
+        config,
+        partition=tuple(cuts),
+        threads=threads,
+        engine=engine,
+        display=display,
+        stragglers=(),
+        replay=str(path.resolve()),
+    )
+
+
+def order_summary(orders: Orders) -> dict[str, Any]:
+    """Realised staleness for the summary: per stage the backwards by staleness, from 0 on, and their mean."""
+    if not orders:
+        return {}
+    found = [[depth for letters in cycles for depth in realised_staleness(letters)] for cycles in orders]
+    return {
+        "staleness_counts": [_counts(depths) for depths in found],
+        "staleness_mean": [sum(depths) / max(len(depths), 1) for depths in found],
+    }
+
+
+def _counts(depths: Iterable[int]) -> list[int]:
+    depths = list(depths)
+    return [depths.count(depth) for depth in range(max(depths, default=0) + 1)]
