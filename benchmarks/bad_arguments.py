@@ -130,7 +130,7 @@ def pipeline(random: Random, folder: Path) -> Case:
         ),
         "lr_scheduler": lambda: random.choice(
             [3, "cosine", lambda optimizer: None.x, lambda optimizer: 3, torch.optim.lr_scheduler.ReduceLROnPlateau]
-            + [lambda: None, lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, "x")]
+            + [lambda: None]
         ),
         "partition": lambda: random.choice(
             [
@@ -155,7 +155,7 @@ def pipeline(random: Random, folder: Path) -> Case:
         "engine": lambda: random.choice(["distributed", "Sequential", "gpu", None, 3, wrong_value(random)]),
         "device": lambda: random.choice(["cuda:77", "gpu", "", 3.5, None, "cpu:x", "meta:0:1", wrong_value(random)]),
         "seed": lambda: random.choice([1.5, "0", True, math.nan, -(10**40), 10**40, wrong_value(random)]),
-        "clip_grad_norm": lambda: wrong_number(random),
+        "clip_grad_norm": lambda: random.choice([0, -1, math.nan, True, "1", wrong_value(random)]),
         "param_groups": lambda: random.choice([3, "x", lambda name: {}, lambda name, p: 3]),
         "recv_timeout_s": lambda: random.choice([wrong_number(random), None]),
         "gradient_difference_every": lambda: random.choice([0, -1, 1.5, True, "1", wrong_value(random)]),
@@ -194,7 +194,7 @@ def config(random: Random, folder: Path) -> Case:
         "engine": lambda: random.choice([None, "auto", 3, []]),
         "device": lambda: random.choice([None, 3, "gpu", "cuda:x", wrong_value(random)]),
         "display": lambda: random.choice([None, "loud", 3, {}]),
-        "stragglers": lambda: random.choice([3, "x", [3], None]),
+        "stragglers": lambda: random.choice([3, "x", [3], {"a": 1}]),
         "lr": lambda: wrong_number(random, zero=True),
         "momentum": lambda: wrong_number(random, zero=True),
         "weight_decay": lambda: wrong_number(random, zero=True),
@@ -347,10 +347,11 @@ def theory(random: Random, folder: Path) -> Case:
     number = wrong_number(random)
     momentum = random.choice([-0.1, 1, 1.5, math.nan, "x", wrong_value(random)])
     depths = (4, 2, 0)
+    deep = random.choice([(), [201, 0], [-1, 0], ["2", 0], [2.0, 0], 3, None, "4,2,0", [True, 0]])  # any order is right
     weight = nn.Parameter(torch.zeros(2))
     choices: list[tuple[str, Callable[[], object]]] = [
-        (f"delay {staleness!r}", lambda: closed_form_limit(staleness)),
-        (f"staleness {staleness!r}", lambda: stability_limit(staleness)),
+        (f"delay {number!r}", lambda: closed_form_limit(-1 if number == 0 else number)),
+        (f"stability of {deep!r}", lambda: stability_limit(deep)),
         (f"momentum {momentum!r}", lambda: stability_limit(depths, momentum=momentum)),
         (f"step {number!r}", lambda: spectral_radius(depths, math.nan if isinstance(number, int | float) else number)),
         (f"lipschitz {number!r}", lambda: proven_condition(depths, lipschitz=number, error_bound=1.0)),

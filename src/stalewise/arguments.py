@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -85,8 +86,9 @@ def check_numbers(seed: Any, clip_grad_norm: Any, recv_timeout_s: Any) -> None:
         ("recv_timeout_s", recv_timeout_s, False),
     ):
         is_number = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
-        if not is_number and not (value is None and may_be_none):
-            raise ConfigError(f"{name} is {value!r}; it must be a number above 0.")
+        endless = value == math.inf and name == "recv_timeout_s"
+        if endless or (not is_number and not (value is None and may_be_none)):
+            raise ConfigError(f"{name} is {value!r}; it must be a number above 0{', and finite' if endless else ''}.")
 
 
 def check_gradient_difference(every: Any, method: Method) -> None:

@@ -28,7 +28,7 @@ def check_types(config: Any) -> None:
     for name in (*texts, "data_dir"):
         value = getattr(config, name)
         if not isinstance(value, str) and not (name == "data_dir" and value is None):
-            raise ConfigError(f"{name} is {value!r}; it must be a text.")
+            raise ConfigError(f"{name} is {value!r}; it must be a text, such as the default of the field.")
     for name in ("nesterov", "channels_last", "augment", "measure_memory"):
         if not isinstance(getattr(config, name), bool):
             raise ConfigError(f"{name} is {getattr(config, name)!r}; it must be true or false.")

@@ -288,12 +288,9 @@ def check_cuts(cuts: Sequence[int], num_layers: int, num_stages: int) -> tuple[i
     """
     check_room(num_layers, num_stages)
     even = tuple(stage * num_layers // num_stages for stage in range(1, num_stages))
-    try:
-        entries = tuple(cuts)
-    except TypeError:
-        raise PlanError(
-            f"cuts is {cuts!r}; it must name the first layer of each stage but stage 0, such as {even}."
-        ) from None
+    if not isinstance(cuts, Sequence):
+        raise PlanError(f"cuts is {cuts!r}; it must name the first layer of each stage but stage 0, such as {even}.")
+    entries = tuple(cuts)
     for index, entry in enumerate(entries):
         if isinstance(entry, bool) or not isinstance(entry, int):
             raise PlanError(

@@ -98,9 +98,9 @@ class Straggler:
         if self.how not in ("busy", "sleep"):
             raise ConfigError(f'the how of a straggler is {self.how!r}; it must be "busy" or "sleep".')
         if self.stages is not None:
-            stages = tuple(self.stages)
+            stages = tuple(self.stages) if isinstance(self.stages, Sequence) else ()
             if not stages or any(type(stage) is not int or stage < 0 for stage in stages):
-                raise ConfigError(f"the stages of a straggler are {stages}; name some, from 0 on, or leave them out.")
+                raise ConfigError(f"the stages of a straggler are {self.stages!r}; list some, from 0 on, or none.")
             object.__setattr__(self, "stages", tuple(sorted(set(stages))))
         if self.factor == 1 and self.pause_s == 0:
             raise ConfigError("a straggler with factor 1 and no pause slows nothing; give factor=1.5, or pause=0.1.")
