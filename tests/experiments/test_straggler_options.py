@@ -30,7 +30,7 @@ def test_text() -> None:
         ("probability=2,factor=2", "between 0 and 1"),
         ("factor=0.5", "at least 1"),
         ("probability=0.5", "slows nothing"),
-        ("factor=2,stages=-1", "name some, from 0 on"),
+        ("factor=2,stages=-1", "list some, from 0 on"),
         ("factor=2,how=idle", '"busy" or "sleep"'),
         ("factor=2,first=5,last=4", "the last of a straggler is 4"),
     ],
