@@ -14,6 +14,7 @@ from stalewise.errors import ConfigError
 from stalewise.experiments import comparison
 from stalewise.experiments.compare import compare
 from stalewise.experiments.comparison import ComparisonConfig, PlannedRun, Runner
+from stalewise.experiments.machine import machine
 
 __all__ = ["no_training"]
 
@@ -118,7 +119,7 @@ def test_another_comparison_is_refused(
 
 def test_another_machine_is_refused(no_training: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compare(config(), tmp_path)
-    real = comparison.machine()
+    real = machine()
     monkeypatch.setattr(comparison, "machine", lambda: {**real, "processor": "another one"})
     with pytest.raises(ConfigError, match=r'its processor is .* and would be "another one"'):
         compare(config(), tmp_path)

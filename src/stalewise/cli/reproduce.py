@@ -31,6 +31,10 @@ def reproduce(
     threads: Annotated[int | None, typer.Option(help="Threads per stage.")] = None,
     loader_workers: Annotated[int | None, typer.Option(help="Processes that prepare batches.")] = None,
     label: Annotated[str, typer.Option(help="Added to the names of the results, such as the device.")] = "",
+    jobs: Annotated[int, typer.Option(help="Runs in one process at a time.", min=1)] = 1,
+    part: Annotated[
+        list[str] | None, typer.Option(help="Run this part alone, as its folder is named; repeat it.")
+    ] = None,
     results: Annotated[Path | None, typer.Option(help="Copy tables and plots here when all is done.")] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder; one of the same experiment goes on. Default: runs/reproduce.")
@@ -64,6 +68,8 @@ def reproduce(
             seeds=seeds,
             overrides=overrides,
             label=label,
+            jobs=jobs,
+            only=part or (),
             display=JsonLines() if json else TextLines(),
         )
         if results is not None:

@@ -8,6 +8,7 @@ from stalewise.experiments.comparison import ComparisonConfig, Runner
 from stalewise.experiments.comparison_display import ComparisonDisplay
 from stalewise.experiments.comparison_output import write_results
 from stalewise.experiments.comparison_table import Table
+from stalewise.experiments.shared_runs import SharedRuns
 from stalewise.report.comparison_data import Comparison
 
 __all__ = ["compare"]
@@ -20,6 +21,7 @@ def compare(
     overwrite: bool = False,
     target_accuracy: float | None = None,
     display: ComparisonDisplay | None = None,
+    shared: SharedRuns | None = None,
 ) -> Comparison:
     """Run what is missing of a comparison and write its table and report. Blocks until done.
 
@@ -31,6 +33,7 @@ def compare(
         overwrite: delete what is there of another comparison, or of this one.
         target_accuracy: a fraction, for the time to it; None: 0.95 times the worst final accuracy of all rows.
         display: what is shown meanwhile.
+        shared: where runs in one process are looked for first, and kept.
 
     Returns:
         The table.
@@ -40,7 +43,7 @@ def compare(
         WorkerError: where the model cannot be profiled. (A run that fails is a row of the table, not an error.)
     """
     display = display or ComparisonDisplay()
-    runner = Runner(config, path, overwrite=overwrite)
+    runner = Runner(config, path, overwrite=overwrite, shared=shared)
     table = Table(runner, target_accuracy)
     display.begin(config, path)
     runs = list(config.runs())

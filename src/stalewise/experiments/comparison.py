@@ -20,15 +20,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
-from stalewise._version import __version__
 from stalewise.errors import ConfigError, DataError, PlanError, StalewiseError, WorkerError
 from stalewise.experiments.config import TrainConfig
 from stalewise.experiments.cuts import plan_cuts
 from stalewise.experiments.data_parallel import run_data_parallel
-from stalewise.experiments.environment import processor_name
+from stalewise.experiments.machine import machine
 from stalewise.experiments.run_writer import prepare_run_folder, write_json
+from stalewise.experiments.shared_runs import SharedRuns
 from stalewise.experiments.training import run
 from stalewise.runtime.job import in_launched_job
 from stalewise.runtime.launch import launch
@@ -199,18 +197,6 @@ class ComparisonConfig:
         return plain
 
 
-def machine() -> dict[str, Any]:
-    """What the times of all runs depend on."""
-    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    return {
-        "processor": processor_name(),
-        "cores": os.cpu_count(),
-        "gpus": gpus,
-        "torch": torch.__version__,
-        "stalewise": __version__,
-    }
-
-
 class Runner:
     """Runs what is missing of a comparison.
 
@@ -218,16 +204,20 @@ class Runner:
         config: of the comparison.
         path: its folder; made, continued, or with `overwrite` made anew.
         overwrite: delete an older comparison in the folder.
+        shared: where runs in one process are looked for first, and kept; None: nowhere.
 
     Raises:
         ConfigError: where the folder holds something else, or the process is one of several ranks.
     """
 
-    def __init__(self, config: ComparisonConfig, path: Path, *, overwrite: bool) -> None:
+    def __init__(
+        self, config: ComparisonConfig, path: Path, *, overwrite: bool, shared: SharedRuns | None = None
+    ) -> None:
         if in_launched_job():
             raise ConfigError("compare starts the processes of each run itself; call it once, without torchrun.")
         self.config = config
         self.path = path
+        self.shared = shared
         _open(path, config.as_dict(), overwrite=overwrite)
 
     def plan(self) -> dict[str, Any]:
@@ -272,9 +262,7 @@ class Runner:
             if planned.entry.method == "data-parallel":
                 run_data_parallel(config, folder, ranks=self.config.shared.stages)
             elif config.engine == "sequential":
-                # In a process of its own: its threads and its memory are then those of the run alone.
-                write_json(folder / "config.json", config.as_dict())
-                launch(_run_worker, num_workers=1, args=[str(folder)])
+                self._run_in_one_process(config, folder)
             else:
                 run(config, folder)
         except StalewiseError as error:
@@ -282,6 +270,17 @@ class Runner:
             (folder / "summary.json").unlink(missing_ok=True)
             write_json(folder / FAILURE, {"error": _in_a_line(error), "detail": str(error)})
         folder.rename(final)
+
+    def _run_in_one_process(self, config: TrainConfig, folder: Path) -> None:
+        found = self.shared.find(config) if self.shared else None
+        if found is not None:
+            shutil.copytree(found, folder, dirs_exist_ok=True)
+            return
+        # In a process of its own: its threads and its memory are then those of the run alone.
+        write_json(folder / "config.json", config.as_dict())
+        launch(_run_worker, num_workers=1, args=[str(folder)])
+        if self.shared:
+            self.shared.keep(config, folder)
 
 
 def _run_worker(folder: str) -> None:

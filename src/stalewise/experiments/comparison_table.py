@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 
 from stalewise.errors import ConfigError
-from stalewise.experiments.comparison import Entry, PlannedRun, Runner, machine
+from stalewise.experiments.comparison import Entry, PlannedRun, Runner
 from stalewise.experiments.environment import typed_command
+from stalewise.experiments.machine import machine
 from stalewise.methods import DSP
 from stalewise.protocol.actions import Kind
 from stalewise.protocol.stragglers import Stragglers

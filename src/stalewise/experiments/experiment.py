@@ -50,6 +50,7 @@ class Part:
         options: of a row, by its name.
         baselines: as for `stalewise compare`.
         generated: images that are made for it; its data is then `imagenet-..` in that folder.
+        seeds: at most so many runs of each row, where they are fewer than the plan's; None: as many.
     """
 
     name: str
@@ -59,12 +60,13 @@ class Part:
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     baselines: tuple[str, ...] = ()
     generated: GeneratedImages | None = None
+    seeds: int | None = None
 
     def comparison(self, *, seeds: int, overrides: Mapping[str, Any]) -> ComparisonConfig:
         """What `compare` runs.
 
         Args:
-            seeds: runs of each row.
+            seeds: runs of each row, unless the part has fewer.
             overrides: fields of `TrainConfig` that count most, such as where the data are.
 
         Raises:
@@ -76,7 +78,7 @@ class Part:
             methods=self.methods,
             options=self.options,
             baselines=self.baselines,
-            seeds=seeds,
+            seeds=min(seeds, self.seeds or seeds),
             shared=TrainConfig(**{**settings, "method": "bp", "display": "quiet"}),
         )
 

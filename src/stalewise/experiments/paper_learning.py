@@ -8,10 +8,11 @@ from typing import Any
 from stalewise.experiments.experiment import Experiment, Part, Plan
 from stalewise.experiments.paper_settings import (
     FULL_WORDS,
+    LEARNING,
+    LEARNING_WORDS,
     ONE_PROCESS,
     PIPELINES,
-    SHORT,
-    SHORT_WORDS,
+    RESNET20_CUTS,
     SMOKE,
     SMOKE_WORDS,
     dsp_rows,
@@ -20,6 +21,16 @@ from stalewise.experiments.paper_settings import (
 from stalewise.report.experiment import Plot
 
 __all__ = ["accuracy", "convergence", "gradient_difference", "staleness"]
+
+
+_WATCHED: Mapping[str, Any] = {"gradient_difference_every": 100}
+_WATCHED_SMOKE: Mapping[str, Any] = {
+    **SMOKE,
+    **ONE_PROCESS,
+    "model": "resnet14",
+    "partition": "profile",
+    "gradient_difference_every": 2,
+}
 
 
 def convergence() -> Experiment:
@@ -35,14 +46,16 @@ def convergence() -> Experiment:
             ),
             "short": Plan(
                 parts=(
+                    Part(name="resnet20", methods=PIPELINES, settings=LEARNING),
                     Part(
-                        name="resnet20",
+                        name="resnet20-processes",
                         methods=PIPELINES,
-                        settings={**SHORT, "stages": 3, "epochs": 5, "train_limit": 25_000},
+                        settings={**LEARNING, "engine": "distributed", "gradient_difference_every": None, "epochs": 2},
+                        seeds=1,
                     ),
                 ),
-                seeds=2,
-                deviations=f"ResNet-20 in place of ResNet-98 and ResNet-164, 5 epochs of half of {SHORT_WORDS}.",
+                seeds=3,
+                deviations=f"{LEARNING_WORDS} For the time that it takes, 2 epochs with a process for each stage.",
             ),
             "full": Plan(
                 parts=tuple(
@@ -71,18 +84,9 @@ def accuracy() -> Experiment:
                 deviations=SMOKE_WORDS,
             ),
             "short": Plan(
-                parts=(
-                    Part(
-                        name="resnet20",
-                        methods=rows,
-                        settings={**SHORT, **ONE_PROCESS, "stages": 3, "epochs": 4, "train_limit": 25_000},
-                    ),
-                ),
+                parts=(Part(name="resnet20", methods=PIPELINES, settings=LEARNING),),
                 seeds=3,
-                deviations=(
-                    f"ResNet-20 in place of deeper networks, 4 epochs of half of {SHORT_WORDS}. All stages in one "
-                    "process, which gives the same numbers as one process each."
-                ),
+                deviations=LEARNING_WORDS,
             ),
             "full": Plan(
                 parts=tuple(
@@ -97,65 +101,72 @@ def accuracy() -> Experiment:
 
 
 def staleness() -> Experiment:
-    depths = staleness_rows([(0, 0, 0), (1, 1, 0), (2, 1, 0), (4, 2, 0), (6, 3, 0), (10, 5, 0), (20, 10, 0)])
+    depths: Mapping[str, Any] = {
+        "m0.0.0": {},
+        **staleness_rows([(2, 1, 0), (4, 2, 0), (6, 3, 0), (10, 5, 0)]),
+    }
+    # Without staleness it is backpropagation, which other experiments run as well.
+    methods = ("m0.0.0=bp", *(text for text in dsp_rows(depths) if text != "m0.0.0=dsp"))
 
-    def parts(
-        settings: Mapping[str, Any], rows: Mapping[str, Any], stages: Sequence[int], recipe: str | None = None
-    ) -> tuple[Part, ...]:
-        depth = Part(name="k3", methods=dsp_rows(rows), options=rows, recipe=recipe, settings={**settings, "stages": 3})
-        width = (
-            Part(name=f"k{count}-minimal", methods=("dsp",), recipe=recipe, settings={**settings, "stages": count})
-            for count in stages
-        )
-        return depth, *width
+    def depth(name: str, rows: Sequence[str], **given: Any) -> Part:
+        return Part(name=name, methods=tuple(rows), options={name: depths[name] for name in _names(rows)}, **given)
 
     return Experiment(
         name="staleness",
         title="Staleness",
         question="What does staleness cost, in its depth with three stages, and at its least over their number?",
         columns=("accuracy", "best", "loss", "gradient"),
-        plots=(Plot("bars", "accuracy"), Plot("bars", "gradient")),
+        plots=(Plot("bars", "accuracy"), Plot("bars", "loss"), Plot("bars", "gradient")),
         plans={
             "smoke": Plan(
-                parts=parts(
-                    {
-                        **SMOKE,
-                        **ONE_PROCESS,
-                        "model": "resnet14",
-                        "partition": "profile",
-                        "gradient_difference_every": 2,
-                    },
-                    {name: depths[name] for name in ("m0.0.0", "m4.2.0")},
-                    (2, 8),
+                parts=(
+                    depth("k3", ("m0.0.0=bp", "m4.2.0=dsp"), settings={**_WATCHED_SMOKE, "stages": 3}),
+                    *(
+                        Part(name=f"k{stages}-minimal", methods=("dsp",), settings={**_WATCHED_SMOKE, "stages": stages})
+                        for stages in (2, 8)
+                    ),
                 ),
                 seeds=1,
                 deviations=SMOKE_WORDS,
             ),
             "short": Plan(
-                parts=parts(
-                    {
-                        **SHORT,
-                        **ONE_PROCESS,
-                        "epochs": 3,
-                        "train_limit": 25_000,
-                        "gradient_difference_every": 40,
-                    },
-                    depths,
-                    (2, 4, 6, 8, 10),
+                parts=(
+                    depth("k3", methods, settings=LEARNING),
+                    *(
+                        Part(
+                            name=f"k{stages}-minimal",
+                            methods=("dsp",),
+                            settings={**LEARNING, "stages": stages, "partition": RESNET20_CUTS[stages]},
+                            seeds=1,
+                        )
+                        for stages in (2, 4, 6, 8, 10)
+                    ),
                 ),
-                seeds=2,
-                deviations=(
-                    f"ResNet-20 in place of deeper networks, 3 epochs of half of {SHORT_WORDS}. All stages in one "
-                    "process, which gives the same numbers as one process each."
-                ),
+                seeds=3,
+                deviations=f"{LEARNING_WORDS} One seed where the number of stages changes.",
             ),
             "full": Plan(
-                parts=parts({"gradient_difference_every": 100}, depths, (2, 4, 6, 8, 10), recipe="cifar10-resnet98"),
+                parts=(
+                    depth("k3", methods, recipe="cifar10-resnet98", settings={**_WATCHED, "stages": 3}),
+                    *(
+                        Part(
+                            name=f"k{stages}-minimal",
+                            methods=("dsp",),
+                            recipe="cifar10-resnet98",
+                            settings={**_WATCHED, "stages": stages},
+                        )
+                        for stages in (2, 4, 6, 8, 10)
+                    ),
+                ),
                 seeds=3,
                 deviations=FULL_WORDS,
             ),
         },
     )
+
+
+def _names(methods: Sequence[str]) -> list[str]:
+    return [text.partition("=")[0] for text in methods]
 
 
 def gradient_difference() -> Experiment:
@@ -188,21 +199,13 @@ def gradient_difference() -> Experiment:
                         name="resnet20",
                         methods=methods,
                         options=rows,
-                        settings={
-                            **SHORT,
-                            **ONE_PROCESS,
-                            **drops,
-                            "epochs": 8,
-                            "train_limit": 16_000,
-                            "gradient_difference_every": 20,
-                        },
+                        settings={**LEARNING, **drops, "epochs": 4, "gradient_difference_every": 20},
                     ),
                 ),
-                seeds=2,
+                seeds=1,
                 deviations=(
-                    "ResNet-20 on 16,000 images of the JPEG copy of CIFAR-10, 8 epochs from a learning rate of 0.1 "
-                    "with drops to a tenth after a half and three quarters, in place of 300 epochs from 0.01, and "
-                    "without Nesterov."
+                    f"{LEARNING_WORDS} Here 4 epochs from a rate of 0.1, which falls to a tenth after a half and after "
+                    "three quarters."
                 ),
             ),
             "full": Plan(

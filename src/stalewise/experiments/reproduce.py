@@ -9,6 +9,8 @@
     OUT/NAME-SCALE-*.svg         plots
     OUT/report.html, report.md   all of it for people
 
+    OUT/../shared-runs/...       runs in one process, for all experiments beside each other; see `shared_runs`
+
 Interrupted, the same call goes on with the runs that are missing.
 """
 
@@ -23,11 +25,14 @@ from typing import Any
 
 from stalewise.errors import ConfigError
 from stalewise.experiments.compare import compare
+from stalewise.experiments.comparison import ComparisonConfig
 from stalewise.experiments.comparison_display import ComparisonDisplay
+from stalewise.experiments.config import TrainConfig
 from stalewise.experiments.experiment import Experiment, Part, Scale
 from stalewise.experiments.generated_images import generate_images
 from stalewise.experiments.results import curve_rows, gradient_rows, result_rows
 from stalewise.experiments.run_writer import write_json
+from stalewise.experiments.shared_runs import SharedRuns
 from stalewise.report.atomic import atomic_text
 from stalewise.report.comparison_data import Comparison
 from stalewise.report.experiment_report import write_experiment_report
@@ -43,6 +48,8 @@ def reproduce(
     seeds: int | None = None,
     overrides: Mapping[str, Any] | None = None,
     label: str = "",
+    jobs: int = 1,
+    only: Sequence[str] = (),
     display: ComparisonDisplay | None = None,
 ) -> int:
     """Run what is missing of an experiment and write its results; blocks until done.
@@ -54,6 +61,8 @@ def reproduce(
         seeds: runs of each row; None: the plan's own.
         overrides: fields of `TrainConfig` that count more than the declaration.
         label: added to the names of the files, such as "h100"; tells results of different hardware apart.
+        jobs: runs in one process that take place at a time; runs of several processes take turns.
+        only: names of parts to run; none: all. What others have found before stays in the tables.
         display: what is shown meanwhile.
 
     Returns:
@@ -63,20 +72,29 @@ def reproduce(
         ConfigError: where the declaration cannot be run here, or the folder holds something else.
     """
     plan = experiment.plan(scale)
-    configs = []
-    for part in plan.parts:
-        given = dict(overrides or {})
-        if part.generated is not None:
-            given = {**given, "data": part.settings["data"], "data_dir": str(path / f"images-{part.name}")}
-        configs.append(part.comparison(seeds=seeds or plan.seeds, overrides=given))
+    seeds = seeds or plan.seeds
+    configs = {
+        part.name: part.comparison(seeds=seeds, overrides={**(overrides or {}), **_images(part, path)})
+        for part in plan.parts
+    }
+    if unknown := set(only) - set(configs):
+        raise ConfigError(f"{experiment.name} has no part {min(unknown)!r} at this scale; it has {', '.join(configs)}.")
+    parts = [
+        part
+        for part in plan.parts
+        if not only or part.name in only or _is_complete(configs[part.name], path / part.name)
+    ]
+    shared = SharedRuns(path.parent / "shared-runs")
+    if jobs > 1:
+        shared.fill(_shareable([configs[part.name] for part in parts]), jobs=jobs)
     stem = f"{experiment.name}-{scale}{f'-{label}' if label else ''}"
     found: list[tuple[Part, Comparison]] = []
-    for part, config in zip(plan.parts, configs, strict=True):
+    for part in parts:
         if part.generated is not None:
             generate_images(path / f"images-{part.name}", part.generated)
-        found.append((part, compare(config, path / part.name, display=display)))
+        found.append((part, compare(configs[part.name], path / part.name, display=display, shared=shared)))
         # After every part, so that an interrupted experiment has results, too.
-        _write(experiment, scale, stem, path, found, seeds or plan.seeds)
+        _write(experiment, scale, stem, path, found, seeds)
     return sum(len(row.failures) for _, comparison in found for row in comparison.rows)
 
 
@@ -91,6 +109,29 @@ def results_files(path: Path, target: Path) -> list[Path]:
         raise ConfigError(f"{path} holds no results of an experiment.")
     target.mkdir(parents=True, exist_ok=True)
     return [Path(shutil.copyfile(file, target / file.name)) for file in files]
+
+
+def _images(part: Part, path: Path) -> dict[str, Any]:
+    """Settings of a part whose images are made for it."""
+    if part.generated is None:
+        return {}
+    return {"data": part.settings["data"], "data_dir": str(path / f"images-{part.name}")}
+
+
+def _is_complete(config: ComparisonConfig, folder: Path) -> bool:
+    return all((folder / planned.folder / "summary.json").is_file() for planned in config.runs())
+
+
+def _shareable(configs: Sequence[ComparisonConfig]) -> list[TrainConfig]:
+    """Runs in one process whose cuts are known, all of the first seed first."""
+    runs = [
+        (planned.seed, config.of(planned, cuts))
+        for config in configs
+        if config.shared.engine == "sequential" and isinstance(cuts := config.shared.partition, tuple)
+        for planned in config.runs()
+        if planned.entry.method != "data-parallel"
+    ]
+    return [run for _, run in sorted(runs, key=lambda entry: entry[0])]
 
 
 def _write(
