@@ -157,7 +157,8 @@ def pipeline(random: Random, folder: Path) -> Case:
         "seed": lambda: random.choice([1.5, "0", True, math.nan, -(10**40), 10**40, wrong_value(random)]),
         "clip_grad_norm": lambda: random.choice([0, -1, math.nan, True, "1", wrong_value(random)]),
         "param_groups": lambda: random.choice([3, "x", lambda name: {}, lambda name, p: 3]),
-        "recv_timeout_s": lambda: random.choice([wrong_number(random), None]),
+        "recv_timeout_s": lambda: wrong_number(random),
+        "start_timeout_s": lambda: random.choice([wrong_number(random), None]),
         "gradient_difference_every": lambda: random.choice([0, -1, 1.5, True, "1", wrong_value(random)]),
         "stragglers": lambda: random.choice([3, "slow", [3], {"a": 1}, Straggler(factor=2, stages=(3,))]),
     }

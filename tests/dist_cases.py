@@ -41,9 +41,15 @@ EXITS = {
     "exit amid the work": ("forward", 1, "vanish"),
 }
 
+STARTS = {
+    "one never starts": ("before the pipeline", 1, "wait for ever", 60.0, 1.5),
+    "one is another version": ("before the pipeline", 2, "be another version"),
+}
+
 SIGNALS = {
     **{f"kill stage {stage}": ("forward", stage, "kill") for stage in range(3)},
     **{f"stop stage {stage}": ("forward", stage, "stop", 1.5) for stage in range(3)},
+    "terminate stage 1": ("forward", 1, "terminate"),
     "interrupt": ("loop over a loader", 0, "interrupt"),
     "kill parent": ("loop over a loader", 0, "kill parent"),
     "terminate parent": ("endless loop", 1, "terminate parent"),

@@ -20,6 +20,7 @@ from torch.optim import SGD
 from torch.utils.data import DataLoader, Dataset
 
 import stalewise
+from stalewise.runtime import meeting
 from stalewise.runtime.link import Receiver
 
 FAULT_BATCH = 7
@@ -89,6 +90,13 @@ class Fault:
                 os.killpg(os.getpgid(os.getppid()), signal.SIGINT)
             case "kill parent":
                 os.kill(os.getppid(), signal.SIGKILL)
+            case "terminate":
+                os.kill(os.getpid(), signal.SIGTERM)
+            case "wait for ever":
+                while True:
+                    signal.pause()
+            case "be another version":
+                meeting.__version__ = "0.0.1"  # type: ignore[attr-defined]
             case "terminate parent":
                 os.kill(os.getppid(), signal.SIGTERM)
 
@@ -199,9 +207,18 @@ def _plain_batches(count: int) -> list[tuple[Tensor, Tensor]]:
     return [(torch.ones(2, 6), torch.tensor([0, 1]))] * count
 
 
-def fail(folder: str, place: str, stage: int, action: str = "raise", timeout_s: float = 60.0) -> None:
+def fail(
+    folder: str,
+    place: str,
+    stage: int,
+    action: str = "raise",
+    timeout_s: float = 60.0,
+    start_timeout_s: float = 60.0,
+) -> None:
     """Train, evaluate and look at the state; fail on the way."""
     Path(folder, f"rank.{rank()}").write_text(str(os.getpid()))
+    while len(list(Path(folder).glob("rank.*"))) < num_stages():  # nobody waits long for who is well
+        time.sleep(0.01)
     fault = Fault(folder, place, stage, action)
     fault.reached_now("before the pipeline")
     torch.manual_seed(0)
@@ -222,6 +239,7 @@ def fail(folder: str, place: str, stage: int, action: str = "raise", timeout_s: 
         optimizer=lambda parameters: Optimizer(parameters, lr=0.01),
         partition=tuple(range(1, num_stages())),
         recv_timeout_s=timeout_s,
+        start_timeout_s=start_timeout_s,
     )
     if "loader" in place:
         loader = DataLoader(Samples(folder, fault), batch_size=2, num_workers=2, multiprocessing_context="fork")

@@ -182,6 +182,8 @@ def _differing() -> dict[str, Callable[[], stalewise.Pipeline]]:
     return {
         "cuts": lambda: _two(partition=(1,) if odd else (2,)),
         "cuts and profile": lambda: _two(partition="profile" if odd else (2,)),
+        "seed": lambda: _two(seed=2 if odd else 1),
+        "clip_grad_norm": lambda: _two(clip_grad_norm=2.0 if odd else None),
         "method": lambda: _two(method=stalewise.BP(stages=2) if odd else stalewise.DSP.minimal(num_stages=2)),
         "staleness": lambda: _two(method=stalewise.DSP(staleness=(3 if odd else 2, 0))),
         "shape of a layer": lambda: _two(model=[nn.Linear(6, 6), nn.Linear(6, 7 if odd else 8), nn.Linear(8, 6)]),

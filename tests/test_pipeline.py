@@ -759,8 +759,8 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "clip_grad_norm text": ({"clip_grad_norm": "1"}, "clip_grad_norm is '1'; it must be a number above 0"),
     "clip_grad_norm bool": ({"clip_grad_norm": True}, "clip_grad_norm is True; it must be a number above 0"),
     "clip_grad_norm nan": ({"clip_grad_norm": float("nan")}, "clip_grad_norm is nan; it must be a number above 0"),
-    "recv_timeout_s": ({"recv_timeout_s": -1.0}, "recv_timeout_s is -1.0; it must be a number above 0"),
-    "no recv_timeout_s": ({"recv_timeout_s": None}, "recv_timeout_s is None; it must be a number above 0"),
+    "recv_timeout_s": ({"recv_timeout_s": -1.0}, "recv_timeout_s is -1.0; it must be a number above 0, or None"),
+    "no start_timeout_s": ({"start_timeout_s": None}, "start_timeout_s is None; it must be a number above 0."),
     "param_groups": ({"param_groups": [{"lr": 0.1}]}, "param_groups is [{'lr': 0.1}]; it must be a function"),
     "param_groups result": ({"param_groups": lambda name, p: 0.1}, "param_groups returned"),
 }

@@ -77,18 +77,20 @@ def check_functions(method: Any, loss_fn: Any, optimizer: Any, lr_scheduler: Any
             raise ConfigError(f"{name} is {value!r}; it must be a function {signature}, or None.")
 
 
-def check_numbers(seed: Any, clip_grad_norm: Any, recv_timeout_s: Any) -> None:
+def check_numbers(seed: Any, clip_grad_norm: Any, recv_timeout_s: Any, start_timeout_s: Any) -> None:
     """Refuse numbers out of range."""
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64):
         raise ConfigError(f"seed is {seed!r}; it must be a whole number of 64 bits, or None for torch's own.")
     for name, value, may_be_none in (
         ("clip_grad_norm", clip_grad_norm, True),
-        ("recv_timeout_s", recv_timeout_s, False),
+        ("recv_timeout_s", recv_timeout_s, True),
+        ("start_timeout_s", start_timeout_s, False),
     ):
         is_number = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
-        endless = value == math.inf and name == "recv_timeout_s"
-        if endless or (not is_number and not (value is None and may_be_none)):
-            raise ConfigError(f"{name} is {value!r}; it must be a number above 0{', and finite' if endless else ''}.")
+        if value == math.inf and name != "clip_grad_norm":
+            raise ConfigError(f"{name} is {value!r}; it must be a number above 0, and finite.")
+        if not is_number and not (value is None and may_be_none):
+            raise ConfigError(f"{name} is {value!r}; it must be a number above 0{', or None' if may_be_none else ''}.")
 
 
 def check_gradient_difference(every: Any, method: Method) -> None:

@@ -46,6 +46,7 @@ from stalewise.protocol.trace import Trace
 from stalewise.runtime.distributed import DistributedEngine
 from stalewise.runtime.exchange import all_gather_json, broadcast_json
 from stalewise.runtime.job import Job, current_job
+from stalewise.runtime.patience import FIRST_S
 from stalewise.runtime.payload import payload_groups
 from stalewise.runtime.persistence import Persistence
 from stalewise.runtime.resuming import ResumePoint
@@ -84,7 +85,10 @@ class Pipeline:
         clip_grad_norm: largest 2-norm of a stage's gradient; each stage clips its own.
         param_groups: (name, parameter) -> options of the optimizer, such as {"weight_decay": 0.0}; parameters with
             equal options form a group, in order of appearance. Names are those of the unsplit model.
-        recv_timeout_s: how long a rank waits for one message of another, in seconds.
+        recv_timeout_s: how long a rank waits for one message of another, in seconds. None: 600 until it saw 20 local
+            steps and one of the session, and in evaluations; then as long as 20 of the slowest steps so far, at least
+            120; but 30 for a rank that shows no sign of life (its process is stopped, or its host is gone).
+        start_timeout_s: how long a rank waits for the others to start, in seconds.
         gradient_difference_every: measure ||grad_BP - G|| / ||grad_BP|| of every stage each so many batches (see
             `gradient_differences`); None: never. It changes no number of the run.
         measure_memory: measure what every stage holds (see `memory`). It changes no number of the run; layers inside
@@ -122,7 +126,8 @@ class Pipeline:
         seed: int | None = None,
         clip_grad_norm: float | None = None,
         param_groups: ParameterOptions | None = None,
-        recv_timeout_s: float = 300.0,
+        recv_timeout_s: float | None = None,
+        start_timeout_s: float = FIRST_S,
         verbose: bool = True,
         gradient_difference_every: int | None = None,
         measure_memory: bool = False,
@@ -131,7 +136,7 @@ class Pipeline:
         replay: Sequence[Sequence[str]] | None = None,
     ) -> None:
         check_functions(method, loss_fn, optimizer, lr_scheduler, param_groups)
-        check_numbers(seed, clip_grad_norm, recv_timeout_s)
+        check_numbers(seed, clip_grad_norm, recv_timeout_s, start_timeout_s)
         check_gradient_difference(gradient_difference_every, method)
         self.method = method
         self.cuts: tuple[int, ...] | None = None
@@ -153,7 +158,7 @@ class Pipeline:
         self._stragglers.check_stages(method.num_stages)
         self._precision = Precision(autocast)
         check_precision(self._precision, method)
-        self._job = current_job() if is_distributed(engine) else None
+        self._job = current_job(start_timeout_s=start_timeout_s) if is_distributed(engine) else None
         if self._job is None:
             self._chain = self._chain.built()
         self._device = resolve_device(device, self._job)
@@ -162,7 +167,7 @@ class Pipeline:
         token = secrets.token_hex(4)
         if self._job is not None:
             self._seed, token = broadcast_json([self._seed, token], 0, self._job.group)
-            self._check_job(self._job, partition)
+            self._check_job(self._job, partition, seed)
             self._devices: list[str] = all_gather_json(str(self._device), self._job.group)
         self._persistence = Persistence(
             self._chain,
@@ -170,7 +175,7 @@ class Pipeline:
             device=self._device,
             assemble=self._assemble,
             token=token,
-            patience_s=recv_timeout_s,
+            patience_s=recv_timeout_s or FIRST_S,
         )
         if partition != "profile":
             if isinstance(partition, str):
@@ -551,14 +556,16 @@ class Pipeline:
         text = json.dumps([__version__, repr(self.method), cuts, self._precision.autocast, self._chain.describe()])
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
-    def _check_job(self, job: Job, partition: Any) -> None:
+    def _check_job(self, job: Job, partition: Any, seed: int | None) -> None:
         """All ranks compare what they were given, so that a difference is an error everywhere and never a hang."""
         own = {
             "version of stalewise": __version__,
             "method": repr(self.method),
             "partition": partition if isinstance(partition, str) else [*map(repr, partition)],
             "model": self._chain.describe(),
-            "seed": self._seed,
+            "seed": seed,
+            "clip_grad_norm": self._clip_grad_norm,
+            "gradient_difference_every": self._gradient_difference_every,
             "memory_limit": self._memory_limit,
             "measure_memory": self._measure_memory,
             "stragglers": repr(self._stragglers),

@@ -32,10 +32,7 @@ def assert_reported(job: Ended, stage: int, where: str) -> None:
     assert f"dist_faults.Boom: on rank {stage}" in job.message
     everything = job.message + job.output
     assert everything.count(", in explode\n") == 1, everything
-    assert "Traceback" not in job.output, "the parent shows it; the workers do not"
-    for line in job.output.splitlines():
-        assert " stops because stage " in line
-        assert f"{name_of(job, stage)} failed: " in line
+    assert job.output == "", "the parent shows it; the workers show nothing"
 
 
 def test_a_job_without_a_fault(ended: dict[str, Ended]) -> None:
@@ -85,9 +82,8 @@ def test_exit(name: str, ended: dict[str, Ended]) -> None:
         gone = f"PeerLost: {name_of(job, stage)} is gone: ", f"PeerLost: could not send to {name_of(job, stage)}: "
         assert text.startswith(gone)
     elif name == "exit with code 3":
-        assert job.message == (
-            f"{name_of(job, stage)} exited with code 3 and gave no reason. Look at its output above."
-        )
+        assert job.message.startswith(f"{name_of(job, stage)} exited with code 3 and gave no reason.")
+        assert job.message.endswith(" Look at its output above.")
     else:
         assert job.message.startswith(f"{name_of(job, stage)} failed:\n")
         assert job.message.endswith("SystemExit: enough")

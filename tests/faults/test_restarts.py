@@ -85,7 +85,6 @@ dist_restarts.train(sys.argv[1], "dsp", "killed in a step", 1, 11)
 """
 
 
-@pytest.mark.xfail(reason="gloo meets a closed address after torchrun's restart; not understood yet", strict=False)
 def test_torchrun_restarts_too(tmp_path: Path, undisturbed: dict[str, Any]) -> None:
     script = tmp_path / "train.py"
     script.write_text(SCRIPT.format(tests=str(Path(__file__).parents[1])))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import socket
 
@@ -24,10 +25,21 @@ def name_of(job: Ended, stage: int) -> str:
 def test_a_worker_is_killed(stage: int, ended: dict[str, Ended]) -> None:
     job = ended[f"kill stage {stage}"]
     assert (job.error, job.cause_type) == ("WorkerError", "Killed")
-    assert job.message == (f"{name_of(job, stage)} was killed by SIGKILL. The system may have run out of memory.")
+    killed = f"{name_of(job, stage)} was killed by SIGKILL."
+    assert job.message.startswith(killed)
+    assert job.message.endswith(" The system may have run out of memory.")
     assert job.seconds_until_gone < LIMIT_S
     assert job.left == ()
     assert "Traceback" not in job.output
+
+
+def test_a_worker_is_told_to_end(ended: dict[str, Ended]) -> None:
+    """By somebody else than its parent, as by an administrator."""
+    job = ended["terminate stage 1"]
+    assert (job.error, job.cause_type) == ("WorkerError", "Killed")
+    assert job.message.startswith(f"{name_of(job, 1)} was killed by SIGTERM.")
+    assert job.seconds_until_gone < LIMIT_S
+    assert (job.output, job.left) == ("", ())
 
 
 @pytest.mark.parametrize("stopped", range(3))
@@ -49,6 +61,10 @@ def test_a_worker_is_stopped(stopped: int, ended: dict[str, Ended]) -> None:
     assert text.endswith(
         f" Look at the log of rank {silent} first; raise recv_timeout_s only if a step really takes that long."
     )
+    explained = re.search(r"; (?:the last was \d+|nothing came before)\. (It .*) Look at", text)
+    assert explained is not None, text
+    if silent != stopped:
+        assert f"in the end for {name_of(job, stopped)}, which " in explained[1]
     assert job.seconds_until_gone < LIMIT_S
     assert job.left == ()
 

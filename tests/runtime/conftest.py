@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import dist_workers
 import pytest
 import torch
 from dist_jobs import run_job
+from torch.distributed import TCPStore
 
 import stalewise
 
@@ -37,3 +39,14 @@ def job_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path
         return folders[num_workers]
 
     return of
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[TCPStore]:
+    """A launcher's store, named by the environment."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=20))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(store.port))
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT", raising=False)
+    return store

@@ -86,6 +86,8 @@ def test_pipelines_that_are_dropped_are_freed(job_folder: JobFolder) -> None:
         ("cuts and profile", "ConfigError", "rank 1 and rank 0 were given another partition: 'profile' against"),
         ("method", "ConfigError", "rank 1 and rank 0 were given another method: 'BP("),
         ("staleness", "ConfigError", "rank 1 and rank 0 were given another method"),
+        ("seed", "ConfigError", "rank 1 and rank 0 were given another seed: 2 against 1"),
+        ("clip_grad_norm", "ConfigError", "rank 1 and rank 0 were given another clip_grad_norm: 2.0 against None"),
         ("shape of a layer", "ConfigError", "another model: '1:Linear:weight(7, 6),bias(7,)' against '1:Linear"),
         ("number of layers", "ConfigError", "another model: None against '2.0:Linear"),
         ("stages and ranks", "ConfigError", "the method has 3 stages and the job 2 ranks"),

@@ -16,6 +16,7 @@ from torch import Tensor
 from stalewise.errors import PeerLost, ReceiveTimeout, TransportError, WorkerError
 from stalewise.runtime import link
 from stalewise.runtime.link import Endpoint, Receiver, Sender
+from stalewise.runtime.patience import Patience
 from stalewise.runtime.wire import PAGE_BYTES, Frame, MessageKind
 
 LONG_S = 30.0
@@ -46,7 +47,8 @@ class Network:
             "group": "gloo",
         }
         end = Endpoint(**{**values, **changes})
-        self._ends.append((Sender(end, timeout_s=timeout_s), Receiver(end, timeout_s=timeout_s, limit=limit)))
+        patience = Patience(timeout_s)
+        self._ends.append((Sender(end, patience=patience), Receiver(end, patience=patience, limit=limit)))
         return self._ends[-1]
 
     def channel(self, group: Any, tag: int) -> queue.Queue[Tensor | None]:

@@ -63,7 +63,9 @@ def compare(
     target_accuracy: Annotated[
         Text, typer.Option(help="92% or 0.92, for the time to it; default: 0.95 times the worst final accuracy.")
     ] = None,
-    recv_timeout: Annotated[float, typer.Option(help="Seconds a stage waits for one message.")] = 300.0,
+    recv_timeout: Annotated[
+        float | None, typer.Option(help="Seconds a stage waits for one message; default: by the steps' times.")
+    ] = None,
     straggler: Annotated[list[str] | None, typer.Option(help=STRAGGLER_HELP)] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder; one of the same comparison goes on. Default: runs/compare-..")

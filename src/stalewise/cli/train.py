@@ -87,7 +87,9 @@ def train(
     evaluate_every: Annotated[
         int, typer.Option(help="Epochs between evaluations; the pipeline is drained for each.")
     ] = 1,
-    recv_timeout: Annotated[float, typer.Option(help="Seconds a stage waits for one message.")] = 300.0,
+    recv_timeout: Annotated[
+        float | None, typer.Option(help="Seconds a stage waits for one message; default: by the steps' times.")
+    ] = None,
     straggler: Annotated[list[str] | None, typer.Option(help=STRAGGLER_HELP)] = None,
     replay: Annotated[
         Path | None,

@@ -57,7 +57,7 @@ class TrainConfig:
         train_limit: use only so many training samples.
         test_limit: use only so many test samples.
         evaluate_every: epochs between evaluations, each of which drains the pipeline; the last epoch always does.
-        recv_timeout_s: how long a stage waits for a message.
+        recv_timeout_s: how long a stage waits for a message; None: see `Pipeline`.
         measure_memory: keep what every stage holds at most in the summary.
         gradient_difference_every: batches between measurements of the gradient difference, or None.
         display: of `DISPLAYS`.
@@ -100,7 +100,7 @@ class TrainConfig:
     train_limit: int | None = None
     test_limit: int | None = None
     evaluate_every: int = 1
-    recv_timeout_s: float = 300.0
+    recv_timeout_s: float | None = None
     measure_memory: bool = False
     gradient_difference_every: int | None = None
     display: str = "auto"
@@ -123,14 +123,16 @@ class TrainConfig:
         for name in ("train_limit", "test_limit", "threads", "gradient_difference_every", "checkpoint_every"):
             if getattr(self, name) is not None:
                 _check_number(name, getattr(self, name), 1, whole=True)
-        if self.recv_timeout_s == 0:
-            raise ConfigError("recv_timeout_s is 0; a stage waits longer for its messages. Give seconds above 0.")
-        for name in ("lr", "momentum", "weight_decay", "loader_workers", "recv_timeout_s"):
+        for name in ("lr", "momentum", "weight_decay", "loader_workers"):
             _check_number(name, getattr(self, name), 0, whole=name == "loader_workers")
-        if self.clip_grad_norm is not None:
-            _check_number("clip_grad_norm", self.clip_grad_norm, 0, whole=False)
-            if self.clip_grad_norm == 0:
-                raise ConfigError("clip_grad_norm is 0, which leaves no gradient; give a norm above 0, or none.")
+        for name, none in (
+            ("clip_grad_norm", "which leaves no gradient; give a norm above 0, or none."),
+            ("recv_timeout_s", "but a stage waits longer for its messages; give seconds above 0, or none."),
+        ):
+            if getattr(self, name) is not None:
+                _check_number(name, getattr(self, name), 0, whole=False)
+                if getattr(self, name) == 0:
+                    raise ConfigError(f"{name} is 0, {none}")
         for name, choices in (
             ("lr_schedule", SCHEDULES),
             ("display", DISPLAYS),

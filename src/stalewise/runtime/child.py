@@ -31,8 +31,7 @@ def run_child(main: Callable[..., object], args: Sequence[Any]) -> NoReturn:
     try:
         main(*args)
         leave_job()
-    except WorkerError as error:
-        print(f"stalewise: {error}", file=sys.stderr)
+    except WorkerError:  # another worker's failure, which the parent shows
         _exit_now(1)
     except KeyboardInterrupt:
         _exit_now(130)

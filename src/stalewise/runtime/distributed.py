@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import itertools
+import time
 import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -52,6 +53,7 @@ from stalewise.runtime.job import Job
 from stalewise.runtime.link import Receiver, Sender
 from stalewise.runtime.link_snapshot import LinkSnapshot, restore_links
 from stalewise.runtime.optimizer_exchange import share_optimizer_state
+from stalewise.runtime.patience import Patience
 from stalewise.runtime.stage_links import StageLinks
 from stalewise.runtime.wire import MessageKind
 
@@ -78,7 +80,7 @@ class DistributedEngine(Engine):
         stage: of this rank.
         job: whose ranks are the stages.
         plan: hash that all ranks share; every message carries it.
-        recv_timeout_s: how long a stage waits for one message.
+        recv_timeout_s: how long a stage waits for one message; None: see `runtime.patience`.
         payload_groups: NCCL groups of the links above and below this rank, where each stage has a GPU of its own.
         gradient_difference_every: see `Engine`.
         measure_memory: whether to measure what this rank's stage holds; see `engine.memory`.
@@ -93,7 +95,7 @@ class DistributedEngine(Engine):
         job: Job,
         *,
         plan: int,
-        recv_timeout_s: float,
+        recv_timeout_s: float | None,
         payload_groups: Mapping[tuple[int, int], dist.ProcessGroup] | None = None,
         gradient_difference_every: int | None = None,
         measure_memory: bool = False,
@@ -103,14 +105,16 @@ class DistributedEngine(Engine):
         super().__init__(program, gradient_difference_every=gradient_difference_every)
         self.stage = stage
         self._job = job
-        self._recv_timeout_s = recv_timeout_s
+        self._patience = Patience(recv_timeout_s)
+        self._step_end: float | None = None
+        self._doing: tuple[str | None, int | None] | None = None
         self._feed = Feed((), stage.device)
         self._links = StageLinks(
             program,
             job,
             device=stage.device,
             plan=plan,
-            recv_timeout_s=recv_timeout_s,
+            patience=self._patience,
             payload_groups=payload_groups,
             load=lambda: self._feed.take(),
         )
@@ -135,7 +139,7 @@ class DistributedEngine(Engine):
         ends: list[Receiver | Sender] = [*self._links.receivers, *self._links.senders]
         for end in ends:
             job.monitor.on_failure(end.wake)
-        job.monitor.publish(self._status, watch=range(job.world_size if job.rank == 0 else 0))
+        job.monitor.publish(self._status, self._patience)
         self._left: Generator[Tensor, None, None] | None = None
         self._snapshot_under_way: LinkSnapshot | None = None
         job.closers.append(
@@ -175,11 +179,16 @@ class DistributedEngine(Engine):
     def _open(self, batches: Batches | None, drain: bool) -> None:
         self._drain = drain
         self._draining = False
+        self._begin_session()
         with self._failures_reported("begin of a session"):
             if self.stage.is_first:
                 self._feed = Feed(batches, self.stage.device)
             for receiver in self._links.receivers:
                 receiver.open()
+
+    def _begin_session(self) -> None:
+        self._patience.begin_session()
+        self._step_end = None
 
     def _another_batch(self) -> bool:
         if self._elastic is not None:
@@ -223,7 +232,7 @@ class DistributedEngine(Engine):
             if not self.batches_in_flight:
                 # The peers' ENDs are about to come; once they are here, this process may leave the group at any time.
                 for receiver in self._links.receivers:
-                    receiver.join(self._recv_timeout_s)
+                    receiver.join(self._patience.message_s)
 
     def _execute_step(self, step: int, num_batches: int | None) -> None:
         if self._meter is not None:
@@ -231,9 +240,14 @@ class DistributedEngine(Engine):
         with self._failures_reported():
             if self._elastic is not None:
                 self._elastic.round(step, num_batches, self._first_batch)
-                return
-            for action in self.program.stages[self._job.rank].step(step, num_batches, first_batch=self._first_batch):
-                self._interpreter.execute(action, self._first_batch)
+            else:
+                for action in self.program.stages[self._job.rank].step(
+                    step, num_batches, first_batch=self._first_batch
+                ):
+                    self._interpreter.execute(action, self._first_batch)
+        before, self._step_end = self._step_end, time.monotonic()
+        if before is not None:
+            self._patience.saw_step(self._step_end - before)
 
     def _losses_until(self, batch: int) -> list[Tensor]:
         return self._interpreter.take_losses(batch)
@@ -274,6 +288,7 @@ class DistributedEngine(Engine):
 
     def _evaluate_stage(self, batches: Batches | None, metric: Metric) -> tuple[float, int]:
         score = Score(metric, self.stage.precision)
+        self._begin_session()
         with self._failures_reported("evaluation"):
             feed = Feed(batches, self.stage.device) if self.stage.is_first else None
             if self._links.activations_in is not None:
@@ -417,6 +432,7 @@ class DistributedEngine(Engine):
             batch: of the action, where it has one.
         """
         monitor = self._job.monitor
+        self._doing = action, batch
         try:
             yield
         except Exception as error:
@@ -426,19 +442,28 @@ class DistributedEngine(Engine):
             cause = monitor.wait_for_cause() if lost else monitor.cause()
             if cause is not None:
                 raise cause from None
-            if action is None and self._interpreter.action is not None:
-                action, batch = self._interpreter.action.name.lower().replace("_", " "), self._interpreter.batch
+            action, batch = self._described(action, batch)
             monitor.report(error, batch=batch, action=action)
             if (cause := monitor.cause()) is not None:
                 raise cause from None
             raise
+        self._doing = None
+
+    def _described(self, action: str | None, batch: int | None) -> tuple[str | None, int | None]:
+        """What goes on: as given, or what the interpreter does."""
+        if self._links.awaited_batch is not None:
+            return "wait for a message", self._links.awaited_batch
+        if action is None and self._interpreter.action is not None:
+            return self._interpreter.action.name.lower().replace("_", " "), self._interpreter.batch
+        return action, batch
 
     def statuses(self) -> list[dict[str, Any]]:
         shown = self._job.monitor.statuses()
         return [shown[rank] for rank in sorted(shown) if shown[rank]]
 
     def _status(self) -> dict[str, Any]:
-        status = {**self._interpreter.status(), **self._links.waiting()}
+        doing = None if self._doing is None else self._described(*self._doing)
+        status = {**self._interpreter.status(), **self._links.waiting(), "doing": doing}
         if self._elastic is not None:
             status["staleness_counts"] = self._elastic.course.staleness_counts
         return status

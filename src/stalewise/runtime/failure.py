@@ -1,15 +1,9 @@
-"""How one worker's failure ends the others, and how they all know the first cause.
+"""The record of the first failure of a job, from which all ranks know the first cause.
 
-The first worker that fails writes a record to the job's store (a compare-and-set, so there is only one first).
-Every worker's monitor looks there a few times a second, wakes its worker where it waits for a message, and ends the
-process if it does not stop by itself:
-
-    worker 1 raises ─► record ─► store ◄─ monitor 0, 2: wake ─► WorkerError ─► exit 1
-                                              └─ GRACE_S later, if still alive ─► os._exit(1)
-
-The store is that of the launcher or of torchrun; it outlives any worker. (Where rank 0 hosts it, it may end before the
-other ranks do; then they just stop watching.) Where there is none, dead peers are still found by their closed
-connections.
+The first worker that fails writes it to the job's store (a compare-and-set, so there is only one first); `monitor`
+reads it. The store is that of the launcher or of torchrun; it outlives any worker. (Where rank 0 hosts it, it may end
+before the other ranks do; then they just stop watching.) Where there is none, dead peers are still found by their
+closed connections.
 """
 
 from __future__ import annotations
@@ -20,7 +14,7 @@ import queue
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -29,19 +23,15 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from stalewise.errors import PeerLost, ReceiveTimeout, WorkerError
 
 __all__ = [
-    "Monitor",
     "connect_to_store",
+    "describe_doing",
     "describe_failure",
     "failure_header",
     "failure_key",
+    "rank_key",
     "record_failure",
+    "start_key",
 ]
-
-POLL_S = 0.2
-STATUS_S = 0.5
-GRACE_S = 5.0
-CAUSE_WAIT_S = 1.5
-"""How long a worker that lost a peer waits for the peer's own account of it."""
 
 STORE_WAIT_S = 5.0
 """How long a failing worker waits for the store; on a link that is down TCP would wait for a quarter of an hour."""
@@ -53,8 +43,31 @@ def failure_key(restart: int | None = None) -> str:
     Args:
         restart: how often the job was started before; None: as the environment of this worker says.
     """
-    count = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if restart is None else restart
-    return f"stalewise/{count}/failure"
+    return f"stalewise/{_count(restart)}/failure"
+
+
+def rank_key(rank: int, restart: int | None = None) -> str:
+    """Where the signs of life of a rank lie in the store; see `failure_key`."""
+    return f"stalewise/{_count(restart)}/rank/{rank}"
+
+
+def start_key(rank: int, restart: int | None = None) -> str:
+    """Where a rank says that it has started; see `failure_key`."""
+    return f"stalewise/{_count(restart)}/start/{rank}"
+
+
+def _count(restart: int | None) -> str:
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if restart is None else str(restart)
+
+
+def describe_doing(status: Mapping[str, Any]) -> str:
+    """What a worker is doing by its status, in words; empty where it says nothing."""
+    if "doing" not in status:
+        return ""
+    action, batch = status["doing"] or (None, None)
+    if action is None:
+        return "in code that no pipeline calls"
+    return f"in {action}" if batch is None else f"in {action} of batch {batch}"
 
 
 def describe_failure(record: dict[str, Any]) -> str:
@@ -128,111 +141,6 @@ _HEADER = "__stalewise_header__"
 def failure_header(error: BaseException) -> str | None:
     """Who failed and where, of an error that was recorded; else None."""
     return getattr(error, _HEADER, None)
-
-
-class Monitor:
-    """Watches the store for failures from a thread of its own, and publishes this worker's status.
-
-    Args:
-        rank: of this process.
-        who: of this process in records.
-    """
-
-    def __init__(self, rank: int, who: str) -> None:
-        self._rank = rank
-        self._who = who
-        self._store = connect_to_store()
-        self._wakers: list[Callable[[WorkerError], None]] = []
-        self._status: Callable[[], dict[str, Any]] | None = None
-        self._statuses: dict[int, dict[str, Any]] = {}
-        self._cause: WorkerError | None = None
-        self._known = threading.Event()
-        self._stopped = threading.Event()
-        self._thread: threading.Thread | None = None
-        if self._store is not None:
-            self._thread = threading.Thread(target=self._watch, name="monitor", daemon=True)
-            self._thread.start()
-
-    def on_failure(self, wake: Callable[[WorkerError], None]) -> None:
-        """Call `wake` when another worker has failed."""
-        self._wakers.append(wake)
-
-    def publish(self, status: Callable[[], dict[str, Any]], *, watch: range) -> None:
-        """Show `status()` (JSON values) to the other ranks twice a second, and look at theirs.
-
-        Args:
-            status: of this worker.
-            watch: ranks whose status `statuses` gives.
-        """
-        self._statuses = {rank: {} for rank in watch}
-        self._status = status
-
-    def statuses(self) -> dict[int, dict[str, Any]]:
-        """The last status of each watched rank; empty where it published none yet."""
-        return dict(self._statuses)
-
-    def report(self, error: BaseException, *, batch: int | None, action: str | None) -> None:
-        """Record a failure of this worker, unless another one was first, which then is the `cause`."""
-        if self._cause is None and not (isinstance(error, PeerLost) and self._known.wait(CAUSE_WAIT_S)):
-            first = record_failure(error, rank=self._rank, who=self._who, batch=batch, action=action, store=self._store)
-            if first is not None:
-                self._cause = self._because_of(first)
-
-    def stop(self) -> None:
-        """End the thread."""
-        self._stopped.set()
-        if self._thread is not None:
-            self._thread.join(GRACE_S)
-
-    def cause(self) -> WorkerError | None:
-        """The failure of another worker that ended this one, if there was one."""
-        return self._cause
-
-    def wait_for_cause(self) -> WorkerError | None:
-        """The same, waiting a moment for it: for workers that lost a peer."""
-        self._known.wait(CAUSE_WAIT_S)
-        return self._cause
-
-    def _watch(self) -> None:
-        assert self._store is not None
-        rounds = 0
-        while not self._stopped.wait(POLL_S):
-            try:
-                if self._store.check([failure_key()]):
-                    record = json.loads(self._store.get(failure_key()))
-                    if record["rank"] != self._rank:
-                        self._end(record)
-                    return
-                if rounds % round(STATUS_S / POLL_S) == 0:
-                    self._exchange_status()
-            except RuntimeError:
-                if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-                    self._end({"who": "the launcher", "traceback": "its store does not answer; the job is over."})
-                return
-            rounds += 1
-
-    def _exchange_status(self) -> None:
-        assert self._store is not None
-        if self._status is not None:
-            self._store.set(f"stalewise/status/{self._rank}", json.dumps(self._status()))
-        for rank in list(self._statuses):
-            key = f"stalewise/status/{rank}"
-            if self._store.check([key]):
-                self._statuses[rank] = json.loads(self._store.get(key))
-
-    def _end(self, record: dict[str, Any]) -> None:
-        """Stop this worker because of another: ask first, insist after `GRACE_S`."""
-        self._cause = self._because_of(record)
-        self._known.set()
-        for wake in self._wakers:
-            wake(self._cause)
-        if not self._stopped.wait(GRACE_S):
-            print(f"stalewise: {self._cause}", file=sys.stderr, flush=True)
-            os._exit(1)
-
-    def _because_of(self, record: dict[str, Any]) -> WorkerError:
-        first_line = record["traceback"].strip().splitlines()[-1]
-        return WorkerError(f"{self._who} stops because {record['who']} failed: {first_line}")
 
 
 def connect_to_store() -> TCPStore | None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import atexit
 import os
-import socket
 import sys
 import threading
 import time
@@ -20,11 +19,15 @@ from types import TracebackType
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
 from stalewise.errors import WorkerError
 from stalewise.runtime.allocator import keep_freed_memory
 from stalewise.runtime.exchange import all_gather_json
-from stalewise.runtime.failure import Monitor, connect_to_store, failure_header, record_failure
+from stalewise.runtime.failure import connect_to_store, failure_header, record_failure
+from stalewise.runtime.meeting import Member, meet
+from stalewise.runtime.monitor import Monitor
+from stalewise.runtime.patience import FIRST_S
 
 __all__ = ["Job", "Member", "current_job", "in_launched_job", "leave_job", "report_failure", "restart_count"]
 
@@ -33,18 +36,6 @@ GROUP_TIMEOUT = timedelta(days=7)
 
 CLOCK_ROUNDS = 16
 PARTING_POLL_S = 0.01
-
-
-@dataclass(frozen=True, kw_only=True)
-class Member:
-    """One rank of the job."""
-
-    rank: int
-    host: str
-    pid: int
-
-    def __str__(self) -> str:
-        return f"stage {self.rank} (rank {self.rank}, host {self.host}, pid {self.pid})"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,11 +76,19 @@ def in_launched_job() -> bool:
 _job: Job | None = None
 
 
-def current_job() -> Job:
-    """The job of this process; joins it at the first call, which all ranks must make."""
+def current_job(*, start_timeout_s: float = FIRST_S) -> Job:
+    """The job of this process; joins it at the first call, which all ranks must make.
+
+    Args:
+        start_timeout_s: how long to wait for the others to start.
+
+    Raises:
+        ReceiveTimeout: where a rank did not start in time.
+        ConfigError: where ranks run other releases.
+    """
     global _job
     if _job is None:
-        _job = _join()
+        _job = _join(start_timeout_s)
         atexit.register(_leave_at_exit)
         sys.excepthook = _report_and_exit
     return _job
@@ -125,8 +124,7 @@ def report_failure(error: BaseException) -> None:
         _job.monitor.report(error, batch=None, action=None)
     else:
         rank = environment_number("RANK") or 0
-        me = Member(rank=rank, host=socket.gethostname(), pid=os.getpid())
-        record_failure(error, rank=rank, who=str(me), store=connect_to_store())
+        record_failure(error, rank=rank, who=str(Member.own(rank)), store=connect_to_store())
 
 
 def _leave_at_exit() -> None:
@@ -162,21 +160,30 @@ def _report_and_exit(kind: type[BaseException], error: BaseException, trace: Tra
     os._exit(1)
 
 
-def _join() -> Job:
+def _join(start_timeout_s: float) -> Job:
+    """Meet the others, then connect: from the first on, a rank that is missing can be named."""
     if not dist.is_initialized():
-        dist.init_process_group("gloo", timeout=GROUP_TIMEOUT)
+        store, members = meet(start_timeout_s)
+        rank = int(os.environ["RANK"])
+        monitor = Monitor(rank, [str(member) for member in members])
+        # torchrun's store outlives a restart, and with it the addresses under which ranks of earlier lives listened.
+        of_this_life = PrefixStore(f"stalewise/{restart_count()}", store)
+        dist.init_process_group("gloo", store=of_this_life, rank=rank, world_size=len(members), timeout=GROUP_TIMEOUT)
+        group = dist.new_group(backend="gloo", timeout=GROUP_TIMEOUT)
+    else:
+        rank = dist.get_rank()
+        group = dist.new_group(backend="gloo", timeout=GROUP_TIMEOUT)
+        members = tuple(Member(**member) for member in all_gather_json(asdict(Member.own(rank)), group))
+        monitor = Monitor(rank, [str(member) for member in members])
     keep_freed_memory()
-    rank = dist.get_rank()
-    group = dist.new_group(backend="gloo", timeout=GROUP_TIMEOUT)
-    me = Member(rank=rank, host=socket.gethostname(), pid=os.getpid())
-    members = tuple(Member(**member) for member in all_gather_json(asdict(me), group))
     offset = _clock_offset(rank, members, group)
+    host = members[rank].host
     return Job(
         rank=rank,
-        local_rank=sum(member.host == me.host for member in members[:rank]),
+        local_rank=sum(member.host == host for member in members[:rank]),
         members=members,
         group=group,
-        monitor=Monitor(rank, str(me)),
+        monitor=monitor,
         clock=lambda: time.perf_counter_ns() + offset,
     )
 

@@ -31,7 +31,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from stalewise.errors import CheckpointError, ConfigError, DataError, PlanError, ProgramError, WorkerError
 from stalewise.runtime.allocator import allocator_environment
 from stalewise.runtime.child import CHILD_VARIABLE, run_child
-from stalewise.runtime.failure import describe_failure, failure_key
+from stalewise.runtime.failure import describe_doing, describe_failure, failure_key, rank_key
 
 __all__ = ["launch"]
 
@@ -207,9 +207,10 @@ class _Workers:
         try:
             while True:
                 codes = [process.poll() for process in self._processes]
-                failed = next((rank for rank, code in enumerate(codes) if code), None)
-                if failed is not None:
-                    raise self._reason(failed)
+                failed = [rank for rank, code in enumerate(codes) if code]
+                if failed:
+                    # Where one was killed, the others only lost it.
+                    raise self._reason(next((rank for rank in failed if _signal_of(codes[rank])), failed[0]))
                 if all(code == 0 for code in codes):
                     return
                 time.sleep(POLL_S)
@@ -221,8 +222,9 @@ class _Workers:
         process = self._processes[rank]
         code = process.returncode
         who = f"stage {rank} (rank {rank}, host {os.uname().nodename}, pid {process.pid})"
-        name = signal.Signals(-code).name if code < 0 else ""
+        name = _signal_of(code)
         ended = f"{who} was killed by {name}." if name else f"{who} exited with code {code} and gave no reason."
+        ended += self._last_seen(rank)
         # A worker records why before it exits. Later records only say what its end did to the others.
         record = {
             "rank": rank,
@@ -239,11 +241,20 @@ class _Workers:
             return WorkerError(ended + memory, cause_type="Killed", cause=ended)
         return _worker_error(stored)
 
+    def _last_seen(self, rank: int) -> str:
+        """What a worker was doing at its last sign of life, as a sentence that follows others."""
+        key = rank_key(rank, self._restart)
+        if not self._store.check([key]):
+            return ""
+        doing = describe_doing(json.loads(self._store.get(key))["status"])
+        return f" Shortly before, it was {doing}." if doing else ""
+
     def _end(self) -> None:
         """Leave no process behind: ask, wait, then kill whole process groups."""
         for process in self._processes:
             if process.poll() is None:
                 _signal_group(process.pid, signal.SIGTERM)
+                _signal_group(process.pid, signal.SIGCONT)  # one that is stopped cannot end
         deadline = time.monotonic() + TERMINATE_S
         while any(process.poll() is None for process in self._processes) and time.monotonic() < deadline:
             time.sleep(POLL_S)
@@ -252,6 +263,16 @@ class _Workers:
             process.wait()
             if process.stdin is not None:
                 process.stdin.close()
+
+
+def _signal_of(code: int | None) -> str:
+    """The name of the signal that ended a worker; a worker makes exit codes of those that it handles."""
+    if code is not None and code < 0:
+        with contextlib.suppress(ValueError):
+            return signal.Signals(-code).name
+        return f"signal {-code}"
+    handled = {128 + number: number.name for number in (signal.SIGTERM, signal.SIGINT)}
+    return handled.get(code or 0, "")
 
 
 def _worker_error(record: dict[str, Any]) -> WorkerError:

@@ -15,7 +15,7 @@ import itertools
 import queue
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from stalewise.errors import PeerLost, ReceiveTimeout, StalewiseError, WorkerError
+from stalewise.runtime.patience import Patience
 from stalewise.runtime.wire import Decoder, Encoder, Frame, MessageKind
 
 __all__ = ["Endpoint", "Receiver", "Sender"]
@@ -42,6 +43,7 @@ class Endpoint:
         device: of this rank's stage.
         group: gloo, of all ranks.
         payload_group: of the two ranks, for payloads between devices; None: through host memory.
+        explain: what is known of a rank that keeps this one waiting, as a sentence that follows others.
     """
 
     rank: int
@@ -52,6 +54,18 @@ class Endpoint:
     device: torch.device
     group: dist.ProcessGroup
     payload_group: dist.ProcessGroup | None = None
+    explain: Callable[[int], str] = lambda rank: ""
+
+    def late(self, what: str) -> ReceiveTimeout:
+        """The error for a peer that keeps this rank waiting.
+
+        Args:
+            what: it did not do, and for how long.
+        """
+        return ReceiveTimeout(
+            f"{what}{self.explain(self.rank)} Look at the log of rank {self.rank} first; raise recv_timeout_s only if "
+            "a step really takes that long."
+        )
 
 
 class Sender:
@@ -59,12 +73,12 @@ class Sender:
 
     Args:
         endpoint: the peer.
-        timeout_s: how long `flush` waits.
+        patience: how long `flush` waits.
     """
 
-    def __init__(self, endpoint: Endpoint, *, timeout_s: float) -> None:
+    def __init__(self, endpoint: Endpoint, *, patience: Patience) -> None:
         self._endpoint = endpoint
-        self._timeout_s = timeout_s
+        self._patience = patience
         self._encoder = Encoder(endpoint.plan)
         self._queue: queue.Queue[tuple[list[Tensor], torch.cuda.Event | None] | None] = queue.Queue()
         self._sending: list[Tensor] = []
@@ -90,15 +104,18 @@ class Sender:
             PeerLost: where the peer is gone.
             WorkerError: where another worker failed.
         """
+        allowed_s = self._patience.message_s
         with self._queue.all_tasks_done:
-            ended = self._queue.all_tasks_done.wait_for(
-                lambda: not self._queue.unfinished_tasks or self._error is not None, self._timeout_s
+            ended = any(
+                self._queue.all_tasks_done.wait_for(
+                    lambda: not self._queue.unfinished_tasks or self._error is not None, slice_s
+                )
+                for slice_s in self._patience.waits()
             )
         self._raise_error()
         if not ended:
-            raise ReceiveTimeout(
-                f"{self._endpoint.name} did not take an {self._endpoint.what} in {self._timeout_s} s. Look at the log "
-                f"of rank {self._endpoint.rank} first; raise recv_timeout_s only if a step really takes that long."
+            raise self._endpoint.late(
+                f"{self._endpoint.name} did not take an {self._endpoint.what} in {allowed_s:.4g} s."
             )
 
     def wake(self, error: WorkerError) -> None:
@@ -158,16 +175,16 @@ class Receiver:
 
     Args:
         endpoint: the peer.
-        timeout_s: how long `get` waits for a frame.
+        patience: how long `get` waits for a frame.
         limit: frames that may wait; the peer's later ones stay with the peer. 0: no limit.
         arrivals: set whenever something comes, a failure included, or None.
     """
 
     def __init__(
-        self, endpoint: Endpoint, *, timeout_s: float, limit: int = 0, arrivals: threading.Event | None = None
+        self, endpoint: Endpoint, *, patience: Patience, limit: int = 0, arrivals: threading.Event | None = None
     ) -> None:
         self._endpoint = endpoint
-        self._timeout_s = timeout_s
+        self._patience = patience
         host_or_device = endpoint.device if endpoint.payload_group is not None else torch.device("cpu")
         self._decoder = Decoder(endpoint.plan, self._fill, host_or_device, f"{endpoint.what}s from {endpoint.name}")
         self._queue: queue.Queue[tuple[Frame, torch.cuda.Event | None] | BaseException] = queue.Queue(limit)
@@ -181,12 +198,13 @@ class Receiver:
     def open(self) -> None:
         """Begin a session: receive until the peer's END."""
         if self._thread is not None:
-            self._thread.join(self._timeout_s)
-            if self._thread.is_alive():
-                raise ReceiveTimeout(
-                    f"{self._endpoint.name} did not end its session in {self._timeout_s} s. Look at the log of rank "
-                    f"{self._endpoint.rank} first; raise recv_timeout_s only if a step really takes that long."
-                )
+            allowed_s = self._patience.message_s
+            for slice_s in self._patience.waits():
+                self._thread.join(slice_s)
+                if not self._thread.is_alive():
+                    break
+            else:
+                raise self._endpoint.late(f"{self._endpoint.name} did not end its session in {allowed_s:.4g} s.")
         self._thread = threading.Thread(target=self._run, name=f"receive {self._endpoint.what}", daemon=True)
         self._thread.start()
 
@@ -278,14 +296,14 @@ class Receiver:
         end = self._endpoint
         if self._cause is not None:
             raise self._cause
-        try:
-            item = self._queue.get(timeout=self._timeout_s)
-        except queue.Empty:
+        allowed_s = self._patience.message_s
+        for slice_s in self._patience.waits():
+            with suppress(queue.Empty):
+                item = self._queue.get(timeout=slice_s)
+                break
+        else:
             last = "nothing came before" if self._last_batch is None else f"the last was {self._last_batch}"
-            raise ReceiveTimeout(
-                f"got no {end.what} of batch {batch} from {end.name} in {self._timeout_s} s; {last}. Look at the log "
-                f"of rank {end.rank} first; raise recv_timeout_s only if a step really takes that long."
-            ) from None
+            raise end.late(f"got no {end.what} of batch {batch} from {end.name} in {allowed_s:.4g} s; {last}.")
         if isinstance(item, ConnectionError):
             raise PeerLost(
                 f"{end.name} is gone: its connection closed while an {end.what} of batch {batch} was due "

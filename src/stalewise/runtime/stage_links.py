@@ -24,6 +24,7 @@ from stalewise.protocol.actions import Kind
 from stalewise.protocol.program import Program, StageProgram
 from stalewise.runtime.job import Job
 from stalewise.runtime.link import Endpoint, Receiver, Sender
+from stalewise.runtime.patience import Patience
 from stalewise.runtime.wire import Frame, MessageKind
 
 __all__ = ["StageLinks", "activation_frame", "frame_activation", "frame_gradient", "gradient_frame"]
@@ -41,7 +42,7 @@ class StageLinks:
         job: whose ranks are the stages.
         device: of this rank's stage.
         plan: hash that all ranks share; every message carries it.
-        recv_timeout_s: how long to wait for one message.
+        patience: how long to wait for one message.
         payload_groups: NCCL groups by (sender, receiver), where each stage has a GPU of its own.
         load: gives the batch that the data loader gave for this step; rank 0 has no activations to receive.
     """
@@ -53,7 +54,7 @@ class StageLinks:
         *,
         device: torch.device,
         plan: int,
-        recv_timeout_s: float,
+        patience: Patience,
         payload_groups: Mapping[tuple[int, int], dist.ProcessGroup] | None,
         load: Callable[[], Activation],
     ) -> None:
@@ -61,8 +62,13 @@ class StageLinks:
         self._load = load
         self.on_received: Callable[[Kind, int, int | None, Any], None] | None = None
         """Told of every message of the program that the stage takes: kind, batch, micro-batch, message."""
-        self._recv_timeout_s = recv_timeout_s
+        self._patience = patience
+        neighbours = (rank for rank in (job.rank - 1, job.rank + 1) if 0 <= rank < job.world_size)
+        self._neighbours = {rank: str(job.members[rank]) for rank in neighbours}
+        self._explain = job.monitor.explain
         self.arrivals = threading.Event()
+        self.awaited_batch: int | None = None
+        """Set while `wait_for_arrival` waits, and where it waited in vain."""
 
         def endpoint(what: str, sender: int, receiver: int) -> Endpoint:
             peer = receiver if job.rank == sender else sender
@@ -75,11 +81,12 @@ class StageLinks:
                 device=device,
                 group=job.group,
                 payload_group=groups.get((sender, receiver)),
+                explain=job.monitor.explain,
             )
 
         rank, last = job.rank, job.world_size - 1
-        sender = partial(Sender, timeout_s=recv_timeout_s)
-        receiver = partial(Receiver, timeout_s=recv_timeout_s, arrivals=self.arrivals)
+        sender = partial(Sender, patience=patience)
+        receiver = partial(Receiver, patience=patience, arrivals=self.arrivals)
         self.activations_in = self.gradients_in = self.tokens_in = None
         self.activations_out = self.gradients_out = self.tokens_out = None
         if any(slot.kind is Kind.SEND_TOKEN for slot in program.stages[last].slots):
@@ -227,14 +234,19 @@ class StageLinks:
         """
         for receiver in self.receivers:
             receiver.check(batch)
-        came = self.arrivals.wait(self._recv_timeout_s)
+        allowed_s, self.awaited_batch = self._patience.message_s, batch
+        came = any(self.arrivals.wait(slice_s) for slice_s in self._patience.waits())
         for receiver in self.receivers:
             receiver.check(batch)
         if not came:
+            known = "".join(
+                f" {who}:{explained}" for rank, who in self._neighbours.items() if (explained := self._explain(rank))
+            )
             raise ReceiveTimeout(
-                f"neither an activation of batch {batch} nor a gradient came in {self._recv_timeout_s} s. Look at the "
+                f"neither an activation of batch {batch} nor a gradient came in {allowed_s:.4g} s.{known} Look at the "
                 "logs of the neighbouring ranks first; raise recv_timeout_s only if a step really takes that long."
             )
+        self.awaited_batch = None
 
     def flush(self) -> None:
         """Wait until everything is sent."""
