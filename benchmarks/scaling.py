@@ -25,9 +25,10 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from common import machine, spread, table
+from common import add_out, leave, machine, spread, table, verdict
 from torch import nn
 
 import stalewise
@@ -41,6 +42,7 @@ from stalewise.timing import LinkCost, Links, StepCosts, TimedProgram
 BATCH_NS = 30_000_000_000
 """F + B of a whole batch: long, so that a 1,024th of it is still a whole number of nanoseconds to five digits."""
 ROWS = ("bp", "gpipe", "1f1b", "ddg", "fr", "pipedream", "dsp-stored", "dsp")
+TARGET_S = 10.0
 STAGES = (1, 2, 4, 8, 16, 64, 256, 1024)
 
 
@@ -83,8 +85,10 @@ def _parts_of(layers: Sequence[float], most: float) -> int:
     return parts
 
 
-def simulated(options: argparse.Namespace) -> None:
-    layers = None
+def simulated(options: argparse.Namespace) -> tuple[list[Any], list[dict[str, Any]]]:
+    """Print the tables; their numbers and the verdict."""
+    print(machine())
+    layers, results = None, []
     if options.run is not None:
         record = json.loads((options.run / "partition.json").read_text())
         if any(layer.get("forward_s") is None for layer in record["layers"]):
@@ -96,8 +100,10 @@ def simulated(options: argparse.Namespace) -> None:
         if title != "equal" and known is None:
             continue
         rows = []
+        speedups: dict[str, dict[int, float]] = {}
         for name in ROWS:
             cells = [name]
+            speedups[name] = {}
             for stages in options.stages:
                 parts = [1 / stages] * stages
                 if known is not None:
@@ -105,8 +111,11 @@ def simulated(options: argparse.Namespace) -> None:
                     parts = [part / sum(many) for part in cut(many, stages)]
                 # Backpropagation takes turns: its step is the whole batch on any number of stages, and the links.
                 serial = BATCH_NS * (1 + 2 * (stages - 1) * options.latency / stages)
-                cells.append(f"{serial / simulated_step_ns(name, parts, options.micro_batches, options.latency):.2f}")
+                speedup = serial / simulated_step_ns(name, parts, options.micro_batches, options.latency)
+                speedups[name][stages] = speedup
+                cells.append(f"{speedup:.2f}")
             rows.append(cells)
+        results.append({"parts": title, "speedups": speedups})
         print(f"Simulated speed-up over bp on as many stages; {title} parts, M = {options.micro_batches},")
         print(f"latency {options.latency:g} of a stage's mean work")
         print(table(["method", *(f"K={stages}" for stages in options.stages)], rows), end="\n\n")
@@ -116,7 +125,9 @@ def simulated(options: argparse.Namespace) -> None:
     costs = StepCosts.of_kinds(program, {Kind.FORWARD: unit, Kind.RECOMPUTE: unit, Kind.BACKWARD: 2 * unit})
     total = TimedProgram(program, costs).run(10_000).total_ns[0]
     print(f"minimal DSP, 1,024 stages, 10,000 batches: {total / 4 / unit:.0f} steps long with warm-up and drain,")
-    print(f"timed in {time.process_time() - began:.1f} s on one core")
+    print("timed on one core")
+    verdicts = [verdict("seconds for 1,024 stages x 10,000 batches", time.process_time() - began, TARGET_S)]
+    return results, verdicts
 
 
 def worker(model: str, batch_size: int, rounds: int, seconds: float, micro_batches: int, out: str) -> None:
@@ -157,11 +168,12 @@ def worker(model: str, batch_size: int, rounds: int, seconds: float, micro_batch
         Path(out).write_text(json.dumps({"steps": steps, "cuts": cuts}))
 
 
-def measured(options: argparse.Namespace) -> None:
+def measured(options: argparse.Namespace) -> list[Any]:
+    """Print the table; its numbers."""
     print(machine())
     print(f"{options.model}, batch {options.batch_size}, one thread a stage, warm-up and drain included, ")
     print(f"{options.rounds} rounds in turns, median (min .. max); speed-up over bp on as many stages, round by round")
-    rows = []
+    rows, results = [], []
     for stages in options.stages:
         if stages > (os.cpu_count() or 1):
             continue
@@ -170,11 +182,13 @@ def measured(options: argparse.Namespace) -> None:
             arguments = [options.model, options.batch_size, options.rounds, options.seconds, options.micro_batches]
             stalewise.launch(worker, num_workers=stages, args=[*arguments, str(out)])
             result = json.loads(out.read_text())
+        results.append({"stages": stages, **result})
         serial = result["steps"]["bp"]
         for name, times in result["steps"].items():
             ratios = [slow / quick for slow, quick in zip(serial, times, strict=True)]
             rows.append([str(stages), name, spread([1e3 * value for value in times], 1), spread(ratios, 2)])
     print(table(["K", "method", "ms per batch", "speed-up"], rows))
+    return results
 
 
 def main() -> None:
@@ -188,14 +202,18 @@ def main() -> None:
     parser.add_argument("--model", default="resnet56")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=6.0, help="per method and round")
+    parser.add_argument("--seconds", type=float, default=2.5, help="per method and round")
+    add_out(parser)
     options = parser.parse_args()
+    results: dict[str, Any] = {}
+    verdicts: list[dict[str, Any]] = []
     if options.simulated or not options.measured:
-        simulated(argparse.Namespace(**{**vars(options), "stages": options.stages or STAGES}))
+        chosen = argparse.Namespace(**{**vars(options), "stages": options.stages or STAGES})
+        results["simulated"], verdicts = simulated(chosen)
     if options.measured:
-        measured(
-            argparse.Namespace(**{**vars(options), "stages": options.stages or range(1, (os.cpu_count() or 1) + 1)})
-        )
+        cores = range(1, (os.cpu_count() or 1) + 1)
+        results["measured"] = measured(argparse.Namespace(**{**vars(options), "stages": options.stages or cores}))
+    leave(options.out, vars(options), results, verdicts)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import machine, spread, table
+from common import add_out, leave, machine, spread, table, verdict
 from sides import (
     TORCH_ROWS,
     OwnRow,
@@ -54,6 +54,10 @@ from stalewise.methods import METHOD_NAMES
 from stalewise.plan.partition import LayerCost, Partition, partition
 from stalewise.runtime.exchange import all_gather_json
 from stalewise.runtime.job import current_job
+
+LARGE_BATCH = 256
+QUICKER_AT_LEAST, QUICKER_AT_LEAST_LARGE = 1.4, 1.1
+"""Of the best DSP row over the best torch row, for small batches and for large ones."""
 
 LAST_LOSSES = 8
 TOLERANCE = 1e-3
@@ -393,6 +397,30 @@ def _print(results: dict[str, Any], options: dict[str, Any], batch_size: int) ->
     print(plan.table())
 
 
+def _verdicts(rows: Sequence[dict[str, Any]], batch_size: int) -> list[dict[str, Any]]:
+    """The quickest DSP row against the quickest of torch; with recompute against the quickest of torch that has it."""
+    timed = [row for row in rows if row.get("times_s")]
+    own = [row for row in timed if row["label"].startswith("stalewise dsp")]
+    others = [row for row in timed if row["torch"]]
+    most = 1 / (QUICKER_AT_LEAST if batch_size < LARGE_BATCH else QUICKER_AT_LEAST_LARGE)
+    found = []
+    for what, limit, ours, theirs in (
+        ("best dsp", most, own, others),
+        (
+            "best dsp that recomputes",
+            1.0,
+            [row for row in own if row["recomputes"] != "-"],
+            [row for row in others if row["recomputes"] != "-"],
+        ),
+    ):
+        if ours and theirs:
+            one, other = (min(some, key=lambda row: statistics.median(row["times_s"])) for some in (ours, theirs))
+            ratio = statistics.median(a / b for a, b in zip(one["times_s"], other["times_s"], strict=False))
+            named = f"batch {batch_size}, {what} ({one['label']}) over the best such torch row ({other['label']})"
+            found.append(verdict(named, ratio, limit))
+    return found
+
+
 def _print_trials(rows: Sequence[dict[str, Any]]) -> None:
     tried = [row for row in rows if len(row["trials_s"]) + len(row["errors"]) > 1]
     numbers = sorted({int(number) for row in tried for number in (*row["trials_s"], *row["errors"])})
@@ -435,16 +463,23 @@ def main() -> None:
         help="same cuts for all rows, balanced for stages that store their graphs (suits torch) or that recompute "
         "except the last (suits DSP); or for each row those that suit it. All from one profile.",
     )
+    add_out(parser)
     options = vars(parser.parse_args())
+    out_file = options.pop("out")
     if options["check_steps"] < 4:
         parser.error("--check-steps is at least 4")
     if not _rows(options["only"]):
         parser.error(f"no row is called so; there are {', '.join(row.label for row in _rows([]))}")
     print(f"{machine()}; load {os.getloadavg()[0]:.1f} before the start")
+    everything, verdicts = [], []
     for batch_size in options["batch_size"]:
-        _print(race(options, batch_size), options, batch_size)
+        results = race(options, batch_size)
+        _print(results, options, batch_size)
+        everything.append({"batch_size": batch_size, **results})
+        verdicts += _verdicts(results["rows"], batch_size)
         print(f"load {os.getloadavg()[0]:.1f} at the end; much above {options['stages']} says that others worked too")
     print("\n" + LEGEND.format(last=LAST_LOSSES, check=options["check_steps"], tolerance=TOLERANCE))
+    leave(out_file, options, everything, verdicts)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import queue
+import socket
 import threading
 import time
 import weakref
@@ -22,7 +23,7 @@ from torch.nn.functional import cross_entropy
 
 import stalewise
 from stalewise.protocol.actions import Kind
-from stalewise.runtime import link
+from stalewise.runtime import ahead, link
 from stalewise.runtime.distributed import DistributedEngine
 
 
@@ -228,6 +229,14 @@ def drop_a_pipeline() -> dict[str, Any]:
         "module is freed": module() is None,
         "threads that still send": sum(thread.is_alive() for thread in senders),
     }
+
+
+def long_run_between_hosts(folder: str, num_stages: int) -> None:
+    """The long training run by ranks that take each other for ranks of other hosts, in many small parts."""
+    torch.set_num_threads(1)
+    socket.gethostname = lambda: f"host-{rank()}"
+    ahead.CHUNK_BYTES, ahead.WINDOW = 1500, 3
+    save(folder, "outcome", asdict(dist_net.train_long(dist_net.pipeline(num_stages))))
 
 
 # -- jobs --------------------------------------------------------------------------------------------------------

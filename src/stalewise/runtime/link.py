@@ -4,7 +4,8 @@ Receives are always posted ahead: while a session is open, the receiving thread 
 its queue (bounded by the program, see V8), and the stage finds it there. Sends are handed to the sending thread and
 never hold the stage up. No gradients bound an evaluation: there the stage flushes before it sends, and the
 receiver's queue has a limit. Host memory crosses gloo; where each stage has a GPU of its own, payloads may cross a
-second group (NCCL), and only the pages gloo. A page says where each leaf was, and so which group it crosses.
+second group (NCCL), and only the pages gloo. A page says where each leaf was, and so which group it crosses. Between
+hosts what crosses gloo is received ahead in parts (`runtime/ahead.py`).
 
 A session ends with an END message, so no thread is left waiting on the network between sessions.
 """
@@ -16,7 +17,7 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from stalewise.errors import PeerLost, ReceiveTimeout, StalewiseError, WorkerError
+from stalewise.runtime.ahead import Inbox, Outbox
 from stalewise.runtime.patience import Patience
 from stalewise.runtime.wire import Decoder, Encoder, Frame, MessageKind
 
@@ -43,6 +45,7 @@ class Endpoint:
         device: of this rank's stage.
         group: gloo, of all ranks.
         payload_group: of the two ranks, for payloads between devices; None: through host memory.
+        distant: whether the peer is on another host; both ends must say the same.
         explain: what is known of a rank that keeps this one waiting, as a sentence that follows others.
     """
 
@@ -54,6 +57,7 @@ class Endpoint:
     device: torch.device
     group: dist.ProcessGroup
     payload_group: dist.ProcessGroup | None = None
+    distant: bool = False
     explain: Callable[[int], str] = lambda rank: ""
 
     def late(self, what: str) -> ReceiveTimeout:
@@ -80,7 +84,8 @@ class Sender:
         self._endpoint = endpoint
         self._patience = patience
         self._encoder = Encoder(endpoint.plan)
-        self._queue: queue.Queue[tuple[list[Tensor], torch.cuda.Event | None] | None] = queue.Queue()
+        self._outbox = Outbox(endpoint.rank, endpoint.group, endpoint.tag) if endpoint.distant else None
+        self._queue: queue.Queue[tuple[list[Tensor], torch.cuda.Event | None, bool] | None] = queue.Queue()
         self._sending: list[Tensor] = []
         self._error: BaseException | None = None
         self._stream = _side_stream(endpoint.device)
@@ -94,7 +99,8 @@ class Sender:
             PeerLost: where an earlier frame could not be sent.
         """
         self._raise_error()
-        self._queue.put((list(self._encoder.encode(frame)), _event_of(self._endpoint.device)))
+        ends = frame.kind is MessageKind.END
+        self._queue.put((list(self._encoder.encode(frame)), _event_of(self._endpoint.device), ends))
 
     def flush(self) -> None:
         """Wait until everything handed over is sent.
@@ -156,7 +162,7 @@ class Sender:
                 del item
                 self._queue.task_done()
 
-    def _send(self, message: list[Tensor], ready: torch.cuda.Event | None) -> None:
+    def _send(self, message: list[Tensor], ready: torch.cuda.Event | None, ends: bool) -> None:
         end = self._endpoint
         with torch.cuda.stream(self._stream):
             if self._stream is not None and ready is not None:
@@ -164,10 +170,14 @@ class Sender:
             for data in message:
                 if data.device.type != "cpu" and end.payload_group is not None:
                     dist.send(data, end.rank, group=end.payload_group)
+                elif self._outbox is not None:
+                    self._outbox.send(data.cpu())
                 else:
                     dist.send(data.cpu(), end.rank, group=end.group, tag=end.tag)
             if self._stream is not None:
                 self._stream.synchronize()
+        if ends and self._outbox is not None:
+            self._outbox.end()
 
 
 class Receiver:
@@ -187,6 +197,7 @@ class Receiver:
         self._patience = patience
         host_or_device = endpoint.device if endpoint.payload_group is not None else torch.device("cpu")
         self._decoder = Decoder(endpoint.plan, self._fill, host_or_device, f"{endpoint.what}s from {endpoint.name}")
+        self._inbox = Inbox(endpoint.rank, endpoint.group, endpoint.tag) if endpoint.distant else None
         self._queue: queue.Queue[tuple[Frame, torch.cuda.Event | None] | BaseException] = queue.Queue(limit)
         self._arrivals = threading.Event() if arrivals is None else arrivals
         self._cause: WorkerError | None = None
@@ -322,11 +333,16 @@ class Receiver:
 
     def _run(self) -> None:
         try:
+            if self._inbox is not None:
+                self._inbox.open()
             with torch.cuda.stream(self._stream):
                 while True:
                     frame = self._decoder.next()
                     if self._stream is not None:
                         frame = self._on_device(frame)
+                    if frame.kind is MessageKind.END and self._inbox is not None:
+                        with _losing_the_peer():
+                            self._inbox.end()
                     self._queue.put((frame, _event_of(self._endpoint.device)))
                     self._arrivals.set()
                     if frame.kind is MessageKind.END:
@@ -342,13 +358,22 @@ class Receiver:
 
     def _fill(self, data: Tensor) -> None:
         end = self._endpoint
-        try:
+        with _losing_the_peer():
             if data.device.type != "cpu":
                 dist.recv(data, end.rank, group=end.payload_group)
+            elif self._inbox is not None:
+                self._inbox.fill(data)
             else:
                 dist.recv(data, end.rank, group=end.group, tag=end.tag)
-        except RuntimeError as error:
-            raise ConnectionError(str(error)) from error
+
+
+@contextmanager
+def _losing_the_peer() -> Iterator[None]:
+    """Inside, torch's errors are those of a connection."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ConnectionError(str(error)) from error
 
 
 def _side_stream(device: torch.device) -> torch.cuda.Stream | None:

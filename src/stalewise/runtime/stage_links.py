@@ -81,6 +81,7 @@ class StageLinks:
                 device=device,
                 group=job.group,
                 payload_group=groups.get((sender, receiver)),
+                distant=job.members[peer].host != job.members[job.rank].host,
                 explain=job.monitor.explain,
             )
 
