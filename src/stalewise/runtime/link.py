@@ -334,7 +334,8 @@ class Receiver:
     def _run(self) -> None:
         try:
             if self._inbox is not None:
-                self._inbox.open()
+                with _losing_the_peer():
+                    self._inbox.open()
             with torch.cuda.stream(self._stream):
                 while True:
                     frame = self._decoder.next()
