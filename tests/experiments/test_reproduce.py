@@ -27,7 +27,7 @@ STEM = "gradient-difference-smoke"
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("reproduce") / "runs"
-    assert reproduce(experiment("gradient-difference"), "smoke", path, seeds=2) == 0
+    assert reproduce(experiment("gradient-difference"), "smoke", path, seeds=2, jobs=2) == 0
     return path
 
 
@@ -58,6 +58,10 @@ def test_the_files_of_an_experiment(folder: Path) -> None:
     gradients = rows(folder / f"{STEM}-gradients.csv")
     assert len(gradients) == 2 * 2 * 8, "methods, seeds, batches"
     assert {int(row["batch"]) for row in gradients} == set(range(8))
+    rates = {int(row["batch"]): float(row["lr"]) for row in gradients}
+    assert [rates[batch] for batch in range(8)] == [0.05] * 4 + [0.005] * 2 + [0.0005] * 2
+    assert not any(row["rate_mean"] for row in found), "one process in turn: no pipeline's speed"
+    assert not any(row["time_s"] for row in rows(folder / f"{STEM}-curves.csv"))
     about = json.loads((folder / f"{STEM}.json").read_text())
     assert (about["scale"], about["seeds"]) == ("smoke", 2)
     assert about["machine"]["cores"]
@@ -88,6 +92,8 @@ def test_an_interrupted_experiment_goes_on(folder: Path) -> None:
     results = (folder / f"{STEM}.csv").read_text()
     curves = [(row["loss"], row["accuracy"]) for row in rows(folder / f"{STEM}-curves.csv")]
     shutil.rmtree(summaries[0].parent)
+    # The store would give the run back.
+    shutil.rmtree(folder.parent / "shared-runs")
     assert reproduce(experiment("gradient-difference"), "smoke", folder, seeds=2) == 0
     after = {file: file.stat().st_mtime_ns for file in summaries}
     assert [file for file in summaries if after[file] != before[file]] == [summaries[0]]
@@ -155,12 +161,16 @@ def test_plots_draw_every_method_and_nothing_of_nothing() -> None:
         for method in ("bp", "dsp")
     ]
     curve = {"part": "a", "method": "bp", "seed": "0", "epoch": "1", "time_s": "3", "loss": "2", "accuracy": "0.5"}
-    gradient = {"part": "a", "method": "fr", "seed": "0", "epoch": "1", "batch": "4", "stage0": "0.5", "stage1": ""}
+    untimed = {**curve, "part": "b", "time_s": ""}
+    gradient = {"part": "a", "method": "fr", "seed": "0", "epoch": "1", "batch": "4", "lr": "0.1", "stage0": "0.5"}
+    later = {**gradient, "batch": "6", "lr": "0.01"}
     for plot, texts in (
         (Plot("bars", "rate"), ("bp", "dsp", ">a<", ">b<")),
-        (Plot("curves"), ("a: training loss", "a: test accuracy")),
-        (Plot("gradients"), ("a: fr", "stage 1")),
+        (Plot("curves"), ("a: training loss", "b: test accuracy", "seconds")),
+        (Plot("gradients"), ("a: fr", "stage 0", "learning rate drops")),
     ):
-        svg = draw_plot(plot, "Title", bars, [curve], [gradient])
+        svg = draw_plot(plot, "Title", bars, [curve, untimed], [gradient, later])
         assert all(text in svg for text in texts), plot
         assert draw_plot(plot, "Title", [], [], []) == ""
+    assert "seconds" not in draw_plot(Plot("curves"), "Title", [], [untimed], [])
+    assert "drops" not in draw_plot(Plot("gradients"), "Title", [], [], [gradient])

@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from stalewise.experiments.config import TrainConfig
 
-__all__ = ["optimizer_recipe", "schedule_recipe"]
+__all__ = ["learning_rates", "optimizer_recipe", "schedule_recipe"]
 
 
 def optimizer_recipe(config: TrainConfig) -> Callable[[Any], Optimizer]:
@@ -39,3 +39,17 @@ def schedule_recipe(config: TrainConfig, *, num_updates: int) -> Callable[[Optim
             milestones = [round(fraction * num_updates) for fraction in config.lr_milestones]
             return lambda optimizer: schedulers.MultiStepLR(optimizer, milestones=milestones, gamma=0.1)
     return None
+
+
+def learning_rates(config: TrainConfig, *, num_updates: int) -> list[float]:
+    """The rate of every update of a run."""
+    optimizer = torch.optim.SGD([torch.zeros(())], lr=config.lr)
+    recipe = schedule_recipe(config, num_updates=num_updates)
+    scheduler = recipe(optimizer) if recipe is not None else None
+    rates = []
+    for _ in range(num_updates):
+        rates.append(float(optimizer.param_groups[0]["lr"]))
+        optimizer.step()
+        if scheduler is not None:
+            scheduler.step()
+    return rates

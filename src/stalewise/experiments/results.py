@@ -6,6 +6,8 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from stalewise.experiments.config import TrainConfig
+from stalewise.experiments.optimizers import learning_rates
 from stalewise.report.comparison_data import Comparison, Spread, TableRow
 
 __all__ = ["curve_rows", "gradient_rows", "result_rows"]
@@ -13,6 +15,7 @@ __all__ = ["curve_rows", "gradient_rows", "result_rows"]
 
 def result_rows(part: str, comparison: Comparison) -> Iterator[dict[str, str]]:
     """A line per method: who, and mean and sample deviation of each number over its seeds."""
+    timed = _is_timed(comparison)
     one = next((row.samples_per_s for row in comparison.rows if row.name == "one-process"), None)
     for row in comparison.rows:
         numbers = {
@@ -21,9 +24,9 @@ def result_rows(part: str, comparison: Comparison) -> Iterator[dict[str, str]]:
             ),
             "accuracy": row.test_accuracy,
             "best": row.best_accuracy,
-            "rate": row.samples_per_s,
-            "speed_up": row.speed_up,
-            "speed_up_one": _over(row.samples_per_s, one),
+            "rate": row.samples_per_s if timed else None,
+            "speed_up": row.speed_up if timed else None,
+            "speed_up_one": _over(row.samples_per_s, one) if timed else None,
             "slow_down": row.slow_down,
             "floor": None if comparison.floor is None or row.baseline else Spread((comparison.floor,)),
             "memory": row.memory_total,
@@ -46,13 +49,14 @@ def result_rows(part: str, comparison: Comparison) -> Iterator[dict[str, str]]:
 
 def curve_rows(part: str, comparison: Comparison) -> Iterator[dict[str, str]]:
     """A line per epoch of each run."""
+    timed = _is_timed(comparison)
     for row in comparison.rows:
         done = [run for run in row.runs if run.state == "done"]
         for run, curve in zip(done, row.curves, strict=True):
             for epoch, time_s, loss, accuracy in zip(
                 curve.epoch, curve.time_s, curve.loss, curve.accuracy, strict=True
             ):
-                numbers = {"time_s": time_s, "loss": loss, "accuracy": accuracy}
+                numbers = {"time_s": time_s if timed else None, "loss": loss, "accuracy": accuracy}
                 yield {
                     "part": part,
                     "method": row.name,
@@ -70,6 +74,7 @@ def gradient_rows(part: str, comparison: Comparison, path: Path) -> Iterator[dic
                 continue
             with (path / run.folder / "metrics.jsonl").open(encoding="utf-8") as lines:
                 records = [json.loads(line) for line in lines if '"gradient_difference"' in line]
+            rates = _rates(path / run.folder)
             for record in records:
                 yield {
                     "part": part,
@@ -77,11 +82,23 @@ def gradient_rows(part: str, comparison: Comparison, path: Path) -> Iterator[dic
                     "seed": str(run.seed),
                     "epoch": str(record["epoch"]),
                     "batch": str(record["batch"]),
+                    "lr": _number(rates[record["batch"]]),
                     **{
                         f"stage{stage}": "" if value is None else _number(value)
                         for stage, value in enumerate(record["stages"])
                     },
                 }
+
+
+def _is_timed(comparison: Comparison) -> bool:
+    """One process does the stages' work in turn: its times are none of a pipeline, so tables leave them out."""
+    return comparison.settings.get("engine") != "sequential"
+
+
+def _rates(folder: Path) -> list[float]:
+    """The learning rate of every update of a run."""
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    return learning_rates(TrainConfig.read(folder / "config.json"), num_updates=summary["batches"])
 
 
 def _over(rates: Spread | None, one: Spread | None) -> Spread | None:

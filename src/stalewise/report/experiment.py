@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["Column", "Plot", "Row", "cell", "headings", "markdown_table", "used_columns"]
+__all__ = ["HEADS", "UNITS", "Column", "Plot", "Row", "cell", "headings", "markdown_table", "used_columns"]
 
 Column = Literal[
     "loss",
@@ -44,7 +44,7 @@ class Plot:
     column: Column = "rate"
 
 
-_HEADS: Mapping[Column, str] = {
+HEADS: Mapping[Column, str] = {
     "loss": "Training loss",
     "accuracy": "Test accuracy",
     "best": "Best test accuracy",
@@ -57,11 +57,28 @@ _HEADS: Mapping[Column, str] = {
     "memory_stage": "Largest stage, MiB",
     "gradient": "Gradient difference",
 }
+"""Of the columns."""
+
+
+UNITS: Mapping[Column, tuple[float, int, str]] = {
+    "loss": (1.0, 3, ""),
+    "accuracy": (100.0, 2, "%"),
+    "best": (100.0, 2, "%"),
+    "rate": (1.0, 0, ""),
+    "speed_up": (1.0, 2, "x"),
+    "speed_up_one": (1.0, 2, "x"),
+    "slow_down": (100.0, 1, "%"),
+    "floor": (100.0, 1, "%"),
+    "memory": (2.0**-20, 1, ""),
+    "memory_stage": (2.0**-20, 1, ""),
+    "gradient": (1.0, 3, ""),
+}
+"""Of a number in the table: factor, digits after the point, and what stands behind it."""
 
 
 def headings(columns: Sequence[Column]) -> list[str]:
     """Of a table."""
-    return ["Part", "Method", *(_HEADS[column] for column in columns), "Seeds"]
+    return ["Part", "Method", *(HEADS[column] for column in columns), "Seeds"]
 
 
 def used_columns(columns: Sequence[Column], rows: Sequence[Row]) -> list[Column]:
@@ -74,19 +91,7 @@ def cell(row: Row, column: Column) -> str:
     mean, spread = row.get(f"{column}_mean", ""), row.get(f"{column}_std", "")
     if not mean:
         return "-"
-    scale, digits, unit = {
-        "loss": (1.0, 3, ""),
-        "accuracy": (100.0, 2, "%"),
-        "best": (100.0, 2, "%"),
-        "rate": (1.0, 0, ""),
-        "speed_up": (1.0, 2, "x"),
-        "speed_up_one": (1.0, 2, "x"),
-        "slow_down": (100.0, 1, "%"),
-        "floor": (100.0, 1, "%"),
-        "memory": (2.0**-20, 1, ""),
-        "memory_stage": (2.0**-20, 1, ""),
-        "gradient": (1.0, 3, ""),
-    }[column]
+    scale, digits, unit = UNITS[column]
     text = f"{scale * float(mean):.{digits}f}"
     return f"{text}{unit}" if not spread else f"{text} ± {scale * float(spread):.{digits}f}{unit}"
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
-from stalewise.report.experiment import Column, Plot, Row, cell
+from stalewise.report.experiment import HEADS, UNITS, Column, Plot, Row, cell
 from stalewise.report.figures import stage_colour
 from stalewise.report.svg import draw_svg
 
@@ -23,7 +24,7 @@ _COLOURS = (
     "#6b7280",
     "#92400e",
 )
-_PANEL_WIDTH, _PANEL_HEIGHT, _LEGEND = 400, 250, 34
+_PANEL_WIDTH, _PANEL_HEIGHT, _LEGEND, _LEGEND_COLUMNS = 400, 250, 34, 6
 
 
 def draw_plot(plot: Plot, title: str, rows: Sequence[Row], curves: Sequence[Row], gradients: Sequence[Row]) -> str:
@@ -44,53 +45,73 @@ def draw_plot(plot: Plot, title: str, rows: Sequence[Row], curves: Sequence[Row]
 
 
 def _curves(title: str, curves: Sequence[Row]) -> str:
-    """A line of panels for each part: loss and accuracy over epochs and over time."""
-    parts = _unique(row["part"] for row in curves)
-    kinds = [("epoch", "loss"), ("epoch", "accuracy"), ("time_s", "loss"), ("time_s", "accuracy")]
+    """A line of panels for each part: loss and accuracy over epochs, and over time where that is known."""
+    panels = [
+        (part, x, y)
+        for part in _unique(row["part"] for row in curves)
+        for x in ("epoch", "time_s")
+        for y in ("loss", "accuracy")
+        if any(row[x] and row["part"] == part for row in curves)
+    ]
     colours = _colours(row["method"] for row in curves)
-    width, height = _PANEL_WIDTH * 2, _PANEL_HEIGHT * 2 * len(parts) + _LEGEND
+    width, height = _PANEL_WIDTH * 2, _PANEL_HEIGHT * len(panels) // 2 + _legend_height(len(colours))
 
     def draw(figure: Any) -> None:
-        grid = figure.subplots(2 * len(parts), 2, squeeze=False)
-        for index, part in enumerate(parts):
-            for place, (x, y) in enumerate(kinds):
-                axes = grid[2 * index + place // 2][place % 2]
-                for method, colour in colours.items():
-                    points = _mean_curve(
-                        [row for row in curves if (row["part"], row["method"]) == (part, method)], x, y
-                    )
-                    axes.plot(*points, color=colour, marker="o", markersize=3, label=method)
-                name = {"loss": "training loss", "accuracy": "test accuracy"}[y]
-                axes.set_title(f"{part}: {name}", fontsize=11, loc="left")
-                axes.set_xlabel({"epoch": "epoch", "time_s": "seconds, evaluations included"}[x])
+        grid = figure.subplots(len(panels) // 2, 2, squeeze=False)
+        for axes, (part, x, y) in zip(grid.flat, panels, strict=True):
+            for method, colour in colours.items():
+                own = [row for row in curves if (row["part"], row["method"]) == (part, method)]
+                places, values, lows, highs = _mean_curve(own, x, y)
+                axes.plot(places, values, color=colour, marker="o", markersize=3, linewidth=1.4, label=method)
+                axes.fill_between(places, lows, highs, color=colour, alpha=0.12, linewidth=0)
+            name = {"loss": "training loss", "accuracy": "test accuracy, %"}[y]
+            axes.set_title(f"{part}: {name}", fontsize=11, loc="left")
+            axes.set_xlabel({"epoch": "epoch", "time_s": "seconds, evaluations included"}[x])
+            axes.xaxis.get_major_locator().set_params(integer=True)
         _finish(figure, grid[0][0], len(colours), height)
 
     return draw_svg(draw, width, height, "curves", f"{title}: loss and accuracy over epochs and time")
 
 
 def _bars(column: Column, title: str, rows: Sequence[Row]) -> str:
+    """A bar for each row, side by side in each part, with the deviation over seeds."""
     if not rows:
         return ""
     parts = _unique(row["part"] for row in rows)
     colours = _colours(row["method"] for row in rows)
-    width, height = max(_PANEL_WIDTH * 2, 60 + 18 * len(rows) + 40 * len(parts)), _PANEL_HEIGHT + 40 + _LEGEND
+    slots = len(rows) + len(parts)
+    width = max(_PANEL_WIDTH * 2, 60 + 18 * slots)
+    height = _PANEL_HEIGHT + 40 + _legend_height(len(colours))
+    scale, _, unit = UNITS[column]
 
     def draw(figure: Any) -> None:
         axes = figure.subplots()
-        share = 0.85 / len(colours)
-        for place, (method, colour) in enumerate(colours.items()):
-            own = {row["part"]: row for row in rows if row["method"] == method}
-            at = [parts.index(part) + share * (place - (len(colours) - 1) / 2) for part in own]
-            heights = [float(row[f"{column}_mean"]) for row in own.values()]
-            spreads = [float(row.get(f"{column}_std") or 0) for row in own.values()]
-            axes.bar(at, heights, width=0.92 * share, color=colour, label=method, yerr=spreads, ecolor="#374151")
-            for x, y, row in zip(at, heights, own.values(), strict=True):
+        # Parts are wide as their rows are many, with a slot between them.
+        ticks, start, named = [], 0, set()
+        for part in parts:
+            own = [row for row in rows if row["part"] == part]
+            for place, row in enumerate(own, start):
+                mean, spread = (scale * float(row.get(f"{column}_{kind}") or 0) for kind in ("mean", "std"))
+                label = None if row["method"] in named else row["method"]
+                named.add(row["method"])
+                axes.bar(
+                    place, mean, width=0.9, color=colours[row["method"]], label=label, yerr=spread, ecolor="#374151"
+                )
                 text = cell(row, column).split(" ±")[0]
                 axes.annotate(
-                    text, (x, y), xytext=(0, 4), textcoords="offset points", ha="center", fontsize=7.5, rotation=90
+                    text,
+                    (place, mean + spread),
+                    xytext=(0, 4),
+                    textcoords="offset points",
+                    ha="center",
+                    fontsize=7.5,
+                    rotation=90,
                 )
-        axes.margins(y=0.22)
-        axes.set_xticks(range(len(parts)), parts)
+            ticks.append(start + (len(own) - 1) / 2)
+            start += len(own) + 1
+        axes.margins(x=0.02, y=0.22)
+        axes.set_xticks(ticks, parts)
+        axes.set_title(f"{HEADS[column]}{f', {unit}' if unit else ''}", fontsize=11, loc="left")
         _finish(figure, axes, len(colours), height)
 
     return draw_svg(draw, width, height, f"bars-{column}", f"{title}: {column.replace('_', ' ')} of each method")
@@ -100,17 +121,21 @@ def _gradients(title: str, gradients: Sequence[Row]) -> str:
     """A panel for each method of each part, a line for each stage: the mean over seeds."""
     panels = _unique((row["part"], row["method"]) for row in gradients)
     stages = max(len([name for name in row if name.startswith("stage")]) for row in gradients)
-    width, height = _PANEL_WIDTH * 2, _PANEL_HEIGHT * -(-len(panels) // 2) + _LEGEND
+    lines = -(-len(panels) // 2)
+    width, height = _PANEL_WIDTH * 2, _PANEL_HEIGHT * lines + _legend_height(stages)
 
     def draw(figure: Any) -> None:
-        grid = figure.subplots(-(-len(panels) // 2), 2, squeeze=False)
+        grid = figure.subplots(lines, 2, squeeze=False, sharey=True)
         for axes, (part, method) in zip(grid.flat, panels, strict=False):
             own = [row for row in gradients if (row["part"], row["method"]) == (part, method)]
             for stage in range(stages):
-                points = _mean_curve(own, "batch", f"stage{stage}")
-                axes.plot(*points, color=stage_colour(stage), linewidth=1.2, label=f"stage {stage}")
+                places, values, lows, highs = _mean_curve(own, "batch", f"stage{stage}")
+                axes.plot(places, values, color=stage_colour(stage), linewidth=1.2, label=f"stage {stage}")
+                axes.fill_between(places, lows, highs, color=stage_colour(stage), alpha=0.12, linewidth=0)
+            for drop in _drops(own):
+                axes.axvline(drop, color="#9ca3af", linewidth=0.8, linestyle="--")
             axes.set_title(f"{part}: {method}", fontsize=11, loc="left")
-            axes.set_xlabel("batch")
+            axes.set_xlabel("batch (dashed: the learning rate drops)" if _drops(own) else "batch")
             axes.set_ylim(bottom=0)
         for axes in list(grid.flat)[len(panels) :]:
             axes.set_visible(False)
@@ -119,24 +144,32 @@ def _gradients(title: str, gradients: Sequence[Row]) -> str:
     return draw_svg(draw, width, height, "gradients", f"{title}: gradient difference of each stage over training")
 
 
-def _mean_curve(rows: Iterable[Row], x: str, y: str) -> tuple[list[float], list[float]]:
-    """Mean place and mean value over seeds, by epoch or batch."""
+def _drops(gradients: Sequence[Row]) -> list[float]:
+    """Batches where the learning rate fell to less than a half since the measurement before."""
+    rates = sorted({(int(row["batch"]), float(row["lr"])) for row in gradients if row.get("lr")})
+    return [(a + b) / 2 for (a, before), (b, after) in pairwise(rates) if after < before / 2]
+
+
+def _mean_curve(rows: Iterable[Row], x: str, y: str) -> tuple[list[float], list[float], list[float], list[float]]:
+    """Mean place, and mean, least and greatest value over seeds, by epoch or batch. Accuracies are in percent."""
     found: dict[int, list[tuple[float, float]]] = {}
     for row in rows:
         if row.get(x) and row.get(y):
             key = int(row["batch"] if "batch" in row else row["epoch"])
-            found.setdefault(key, []).append((float(row[x]), float(row[y])))
-    places = [sum(place for place, _ in found[key]) / len(found[key]) for key in sorted(found)]
-    values = [sum(value for _, value in found[key]) / len(found[key]) for key in sorted(found)]
-    return places, values
+            found.setdefault(key, []).append((float(row[x]), float(row[y]) * (100 if y == "accuracy" else 1)))
+    points = [tuple(zip(*found[key], strict=True)) for key in sorted(found)]
+    places, values = ([sum(numbers[axis]) / len(numbers[axis]) for numbers in points] for axis in (0, 1))
+    return places, values, [min(values) for _, values in points], [max(values) for _, values in points]
+
+
+def _legend_height(labels: int) -> int:
+    return _LEGEND if labels <= _LEGEND_COLUMNS else round(1.6 * _LEGEND)
 
 
 def _finish(figure: Any, axes: Any, labels: int, height: int) -> None:
     handles, names = axes.get_legend_handles_labels()
-    figure.legend(handles, names, loc="upper left", ncols=min(labels, 6), fontsize=9)
-    # A second line of the legend, where there are many names.
-    used = _LEGEND * (1 if labels <= 6 else 1.6)
-    figure.tight_layout(rect=(0, 0, 1, 1 - used / height))
+    figure.legend(handles, names, loc="upper left", ncols=min(labels, _LEGEND_COLUMNS), fontsize=9)
+    figure.tight_layout(rect=(0, 0, 1, 1 - _legend_height(labels) / height))
 
 
 def _unique(values: Iterable[Any]) -> list[Any]:
