@@ -1,9 +1,10 @@
-"""What channels last and bfloat16 autocast make of a pipeline's step time.
+"""What channels last, bfloat16 autocast and `torch.compile` make of a pipeline's step time.
 
     python benchmarks/compute_options.py --model resnet20 --stages 3 --batch-size 64
 
 All rows are the same DSP pipeline with the same cuts, trained in the same K processes in turn, with the cores shared
-evenly. The loss is the mean over the last steps that all rows trained: it shows that they train alike.
+evenly. Layers are compiled in the warm-up rounds; without a C++ compiler those rows are left out. The loss is the mean
+over the last steps that all rows trained: it shows that they train alike.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import tempfile
 from pathlib import Path
@@ -32,7 +34,8 @@ def rows(options: dict[str, Any]) -> list[OwnRow]:
     """The plain one first."""
     settings = {"staleness": shallow, "activations": options["activations"]}
     return [
-        named("dsp", "dsp", channels_last=channels_last, autocast=autocast, **settings)
+        named("dsp", "dsp", channels_last=channels_last, autocast=autocast, compile=compile, **settings)
+        for compile in ((False, True) if shutil.which(os.environ.get("CXX", "g++")) else (False,))
         for autocast in (None, "bfloat16")
         for channels_last in (False, True)
     ]

@@ -64,6 +64,7 @@ class OwnRow:
         channels_last: whether images lie so in memory. Torch's schedules send contiguous tensors only, so no row of
             theirs can.
         autocast: see `Pipeline`.
+        compile: see `Pipeline`.
     """
 
     label: str
@@ -72,6 +73,7 @@ class OwnRow:
     micro_batched: bool = False
     channels_last: bool = False
     autocast: str | None = None
+    compile: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +103,7 @@ def named(
     micro_batched: bool = False,
     channels_last: bool = False,
     autocast: str | None = None,
+    compile: bool = False,
     **options: Any,
 ) -> OwnRow:
     def build(num_stages: int, micro_batches: int) -> Method:
@@ -109,13 +112,15 @@ def named(
             own["micro_batches"] = micro_batches
         return build_method(name, num_stages=num_stages, **own)
 
+    details = ["channels last"] * channels_last + [autocast] * bool(autocast) + ["compiled"] * compile
     return OwnRow(
-        label=f"stalewise {label}{', channels last' * channels_last}{f', {autocast}' if autocast else ''}",
+        label=", ".join([f"stalewise {label}", *map(str, details)]),
         name=name,
         build=build,
         micro_batched=micro_batched,
         channels_last=channels_last,
         autocast=autocast,
+        compile=compile,
     )
 
 
@@ -280,6 +285,7 @@ class OwnSide(Side):
             verbose=False,
             stragglers=task.stragglers,
             autocast=row.autocast,
+            compile=row.compile,
             measure_memory=measure_memory,
         )
 

@@ -46,7 +46,7 @@ def hits(output: Tensor, target: Tensor) -> Tensor:
     return (output.argmax(dim=1) == target).double().mean()
 
 
-def train(folder: str, normalised: bool) -> None:
+def train(folder: str, normalised: bool, compile: str | None) -> None:
     """Two epochs; each rank leaves what it saw."""
     torch.set_num_threads(1)
     parallel = DataParallel(
@@ -56,6 +56,7 @@ def train(folder: str, normalised: bool) -> None:
         lr_scheduler=scheduler,
         device="cpu",
         clip_grad_norm=0.5,
+        compile=compile,
     )
     whole = [pair for pair in batches(0) if not normalised or len(pair[1]) > 6]
     losses = [*parallel.train(whole), *parallel.train(whole)]

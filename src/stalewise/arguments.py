@@ -8,12 +8,15 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from stalewise.engine.compiled import backend_of, check_compiled
 from stalewise.engine.precision import Precision
 from stalewise.errors import ConfigError
 from stalewise.methods import Method
+from stalewise.protocol.program import Program
 from stalewise.runtime.job import Job, in_launched_job
 
 __all__ = [
+    "check_compile",
     "check_functions",
     "check_gradient_difference",
     "check_numbers",
@@ -113,6 +116,18 @@ def check_gradient_difference(every: Any, method: Method) -> None:
 
 def check_precision(precision: Precision, method: Method) -> None:
     """Refuse a method that cannot work in a precision; of what a plan may decide, the worst."""
-    program = (method if method.is_decided else method.with_activations("stored")).program()
-    for stage in program.stages:
+    for stage in _worst_case(method).stages:
         precision.check(stage)
+
+
+def check_compile(compile: Any, method: Method) -> str | None:
+    """Refuse a backend that is none, and a method that cannot work with compiled layers; the backend, or None."""
+    backend = backend_of(compile)
+    for stage in _worst_case(method).stages:
+        check_compiled(backend, stage)
+    return backend
+
+
+def _worst_case(method: Method) -> Program:
+    """The program; of what a plan may decide, that with most graphs."""
+    return (method if method.is_decided else method.with_activations("stored")).program()

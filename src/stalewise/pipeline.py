@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from stalewise._version import __version__
 from stalewise.arguments import (
+    check_compile,
     check_functions,
     check_gradient_difference,
     check_numbers,
@@ -27,6 +28,7 @@ from stalewise.arguments import (
 )
 from stalewise.checkpoint.writer import Attachment
 from stalewise.engine.assemble import ParameterOptions, assemble_stage
+from stalewise.engine.compiled import check_backend
 from stalewise.engine.engine import Batches, Engine
 from stalewise.engine.feed import iterate
 from stalewise.engine.precision import Precision
@@ -96,6 +98,9 @@ class Pipeline:
         verbose: whether rank 0 prints the partition that a profile found.
         autocast: "bfloat16" computes forward, recompute and loss under torch's autocast, in `evaluate`, too; weights
             stay in float32. What crosses a cut may then be bfloat16, half as many bytes.
+        compile: compile the layers of each stage with `torch.compile`: True (inductor), or the name of a backend.
+            The first steps take long. Numbers are those of eager mode up to rounding, and the same on both engines. A
+            profile still times layers in eager mode. Not with stored graphs that are backwarded with current weights.
         replay: the order of an elastic run (`orders` of that pipeline), which is repeated bitwise, on one process or
             many, with the same batches and drains; None: elastic stages decide by themselves.
         stragglers: make steps slow on purpose, to see what it costs; the same steps whatever the method. It changes no
@@ -133,6 +138,7 @@ class Pipeline:
         measure_memory: bool = False,
         stragglers: Stragglers | Straggler | Sequence[Straggler] | None = None,
         autocast: str | None = None,
+        compile: bool | str = False,
         replay: Sequence[Sequence[str]] | None = None,
     ) -> None:
         check_functions(method, loss_fn, optimizer, lr_scheduler, param_groups)
@@ -158,10 +164,12 @@ class Pipeline:
         self._stragglers.check_stages(method.num_stages)
         self._precision = Precision(autocast)
         check_precision(self._precision, method)
+        self._compile = check_compile(compile, method)
         self._job = current_job(start_timeout_s=start_timeout_s) if is_distributed(engine) else None
         if self._job is None:
             self._chain = self._chain.built()
         self._device = resolve_device(device, self._job)
+        check_backend(self._compile, self._device)
         self._seed = torch.initial_seed() if seed is None else seed
         self._engine: Engine | None = None
         token = secrets.token_hex(4)
@@ -550,10 +558,12 @@ class Pipeline:
             param_groups=self._param_groups,
             program=program,
             precision=self._precision,
+            compile=self._compile,
         )
 
     def _plan_hash(self, cuts: tuple[int, ...]) -> int:
-        text = json.dumps([__version__, repr(self.method), cuts, self._precision.autocast, self._chain.describe()])
+        compute = [self._precision.autocast, self._compile]
+        text = json.dumps([__version__, repr(self.method), cuts, *compute, self._chain.describe()])
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
     def _check_job(self, job: Job, partition: Any, seed: int | None) -> None:
@@ -570,6 +580,7 @@ class Pipeline:
             "measure_memory": self._measure_memory,
             "stragglers": repr(self._stragglers),
             "autocast": self._precision.autocast,
+            "compile": self._compile,
             "replay": None if self._replay is None else hashlib.blake2b(repr(self._replay).encode()).hexdigest(),
         }
         everyone = all_gather_json(own, job.group)

@@ -15,8 +15,8 @@ import stalewise
 pytestmark = [pytest.mark.dist, pytest.mark.slow, pytest.mark.timeout(100)]
 
 
-def run(folder: Path, ranks: int, *, normalised: bool = False) -> list[dict[str, Any]]:
-    stalewise.launch(workers.train, num_workers=ranks, args=[str(folder), normalised])
+def run(folder: Path, ranks: int, *, normalised: bool = False, compile: str | None = None) -> list[dict[str, Any]]:
+    stalewise.launch(workers.train, num_workers=ranks, args=[str(folder), normalised, compile])
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(ranks)]
 
 
@@ -40,12 +40,12 @@ def alone() -> dict[str, Any]:
     return {"losses": losses, "score": score, "state": model.state_dict(), "lr": scheduler.get_last_lr()[0]}
 
 
-@pytest.mark.parametrize("ranks", [1, 3])
-def test_ranks_train_as_one_process_would(ranks: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("ranks", "compile"), [(1, None), (3, None), (2, "aot_eager")])
+def test_ranks_train_as_one_process_would(ranks: int, compile: str | None, tmp_path: Path) -> None:
     """Batches of 64, 7 and 1 samples on 3 ranks: parts of unequal size, and parts without a sample."""
     expected = alone()
     exact = 0.0 if ranks == 1 else 1e-12
-    for seen in run(tmp_path, ranks):
+    for seen in run(tmp_path, ranks, compile=compile):
         assert seen["losses"] == pytest.approx(expected["losses"], rel=exact, abs=0)
         assert seen["score"] == pytest.approx(expected["score"], abs=1e-15)
         assert seen["lr"] == pytest.approx(expected["lr"], abs=1e-15)

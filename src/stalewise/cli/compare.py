@@ -52,6 +52,7 @@ def compare(
         bool, typer.Option(help="Channels last in memory, which convolutions compute quicker.")
     ] = True,
     autocast: Annotated[Text, typer.Option(help="As for train.")] = None,
+    compile: Annotated[bool, typer.Option("--compile", help="As for train; the baselines, too.")] = False,
     augment: Annotated[bool, typer.Option(help="Crop and mirror the training images at random.")] = True,
     loader_workers: Annotated[int, typer.Option(help="Processes that prepare batches.")] = 0,
     train_limit: Annotated[int | None, typer.Option(help="Use only the first so many training samples.")] = None,
@@ -100,6 +101,7 @@ def compare(
         threads=threads,
         channels_last=channels_last,
         autocast=autocast,
+        compile=compile,
         augment=augment,
         loader_workers=loader_workers,
         train_limit=train_limit,

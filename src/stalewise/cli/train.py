@@ -80,6 +80,10 @@ def train(
     autocast: Annotated[
         Text, typer.Option(help="bfloat16: compute passes under autocast; weights stay in float32.")
     ] = None,
+    compile: Annotated[
+        bool,
+        typer.Option("--compile", help="Compile the layers of each stage; the first steps take long."),
+    ] = False,
     augment: Annotated[bool, typer.Option(help="Crop and mirror the training images at random.")] = True,
     loader_workers: Annotated[int, typer.Option(help="Processes that prepare batches.")] = 0,
     train_limit: Annotated[int | None, typer.Option(help="Use only the first so many training samples.")] = None,
@@ -155,6 +159,7 @@ def train(
         seed=seed,
         channels_last=channels_last,
         autocast=autocast,
+        compile=compile,
         augment=augment,
         loader_workers=loader_workers,
         train_limit=train_limit,

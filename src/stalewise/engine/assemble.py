@@ -37,6 +37,7 @@ def assemble_stage(
     param_groups: ParameterOptions | None,
     program: StageProgram = NO_PROGRAM,
     precision: Precision = FULL_PRECISION,
+    compile: str | None = None,
 ) -> Stage:
     """Move the layers to their device and give them their optimizer and scheduler; see `Pipeline` for the arguments.
 
@@ -90,6 +91,7 @@ def assemble_stage(
         clip_grad_norm=clip_grad_norm,
         program=program,
         precision=precision,
+        compile=compile,
     )
 
 

@@ -26,6 +26,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from stalewise.engine.buffers import unchanged_buffers
+from stalewise.engine.compiled import call_of, check_compiled
 from stalewise.engine.isolation import Isolation, has_gradient
 from stalewise.engine.layout import dense
 from stalewise.engine.messages import Activation
@@ -82,6 +83,7 @@ class Stage:
         clip_grad_norm: largest norm of this stage's gradient (each stage for itself), or None.
         program: of the stage; says what becomes of graphs, weights and gradients.
         precision: of its passes.
+        compile: backend of `torch.compile` for the layers; None: not compiled.
     """
 
     def __init__(
@@ -98,9 +100,12 @@ class Stage:
         clip_grad_norm: float | None = None,
         program: StageProgram = NO_PROGRAM,
         precision: Precision = FULL_PRECISION,
+        compile: str | None = None,
     ) -> None:
         precision.check(program)
+        check_compiled(compile, program)
         self.module = module
+        self._call = call_of(module, compile)
         self.index = index
         self.device = device
         self.optimizer = optimizer
@@ -227,7 +232,7 @@ class Stage:
         stream = random_stream(stream_seed(self.seed, self.index, batch), self.device)
         with stream, torch.no_grad(), self.precision.region(self.device):
             _, inputs = self._evaluation_isolation.inputs(activation.values, with_graph=False)
-            values, structure = flatten(self.module(unflatten(activation.structure, inputs)))
+            values, structure = flatten(self._call(unflatten(activation.structure, inputs)))
         self._evaluation_isolation.check(inputs, batch)
         return activation._replace(values=[self._sendable(value) for value in values], structure=structure)
 
@@ -302,7 +307,7 @@ class Stage:
         stream = random_stream(stream_seed(self.seed, self.index, *unit), self.device)
         with stream, context, torch.set_grad_enabled(with_graph), self.precision.region(self.device):
             leaves, inputs = self._isolation.inputs(stored.values, with_graph=with_graph)
-            output = self.module(unflatten(stored.structure, inputs))
+            output = self._call(unflatten(stored.structure, inputs))
             if self.is_last:
                 output = self._checked_loss(self._loss_fn(output, to_device(stored.target, self.device)))
             values, structure = flatten(output)

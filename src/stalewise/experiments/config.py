@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from stalewise.arguments import check_precision
+from stalewise.arguments import check_compile, check_precision
 from stalewise.engine.precision import Precision
 from stalewise.errors import ConfigError
 from stalewise.experiments.config_checks import check_types
@@ -52,6 +52,7 @@ class TrainConfig:
         seed: of weights, data order, augmentation and random layers.
         channels_last: keep images with their channels last in memory, which convolutions compute quicker.
         autocast: "bfloat16" or None; see `Pipeline`.
+        compile: compile the layers of each stage; see `Pipeline`.
         augment: crop and flip the training images.
         loader_workers: processes that prepare batches.
         train_limit: use only so many training samples.
@@ -95,6 +96,7 @@ class TrainConfig:
     seed: int = 0
     channels_last: bool = True
     autocast: str | None = None
+    compile: bool | str = False
     augment: bool = True
     loader_workers: int = 0
     train_limit: int | None = None
@@ -143,6 +145,7 @@ class TrainConfig:
         if self.nesterov and not self.momentum:
             raise ConfigError("nesterov is on and momentum is 0; Nesterov's form needs momentum. Give momentum=0.9.")
         check_precision(Precision(self.autocast), self.build_method())
+        check_compile(self.compile, self.build_method())
         Stragglers.of(self.stragglers).check_stages(self.stages)
 
     def build_method(self) -> Method:

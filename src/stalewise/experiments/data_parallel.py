@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from stalewise.data import Batches, DataSplit, load_data
+from stalewise.engine.compiled import backend_of
 from stalewise.engine.memory import resident_bytes
 from stalewise.engine.precision import Precision
 from stalewise.experiments.config import TrainConfig
@@ -68,6 +69,7 @@ def data_parallel_worker(folder: str, command: str) -> None:
         seed=config.seed,
         clip_grad_norm=config.clip_grad_norm,
         precision=Precision(config.autocast),
+        compile=backend_of(config.compile),
     )
     devices = parallel.gather(parallel.device)
     if parallel.rank == 0:

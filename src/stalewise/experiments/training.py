@@ -113,6 +113,7 @@ def train_worker(folder: str, command: str, resume: bool = False) -> None:
         verbose=False,
         stragglers=config.stragglers,
         autocast=config.autocast,
+        compile=config.compile,
         replay=None if config.replay is None else read_orders(Path(config.replay), config.build_method().program()),
     )
     checkpoints = RunCheckpoints(config, pipeline, path)

@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from stalewise.engine.compiled import call_of, check_backend
 from stalewise.engine.precision import FULL_PRECISION, Precision
 from stalewise.runtime.exchange import all_gather_json
 from stalewise.runtime.job import Job, current_job
@@ -43,6 +44,7 @@ class DataParallel:
         seed: of random layers; each rank draws its own numbers.
         clip_grad_norm: largest 2-norm of the model's gradient.
         precision: of forward and loss.
+        compile: backend of `torch.compile` for the model; None: not compiled.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class DataParallel:
         seed: int = 0,
         clip_grad_norm: float | None = None,
         precision: Precision = FULL_PRECISION,
+        compile: str | None = None,
     ) -> None:
         self._job = current_job()
         self._device = _device(device, self._job)
@@ -63,6 +66,8 @@ class DataParallel:
         self._parallel = DistributedDataParallel(
             self._module, process_group=_gradient_group(self._job, self._device), gradient_as_bucket_view=True
         )
+        check_backend(compile, self._device)
+        self._call = call_of(self._parallel, compile)
         self._loss_fn = loss_fn
         self._precision = precision
         self._optimizer = optimizer(self._module.parameters())
@@ -142,7 +147,7 @@ class DataParallel:
 
     def _loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
         with self._precision.region(self._device):
-            return self._loss_fn(self._parallel(inputs), targets)
+            return self._loss_fn(self._call(inputs), targets)
 
     def _nothing(self, inputs: Tensor) -> Tensor:
         """A zero that depends on every weight: a rank without samples still takes part in the all-reduce.
