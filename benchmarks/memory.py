@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import machine, spread, table
+from common import add_out, leave, machine, spread, table, verdict
 from sides import (
     TORCH_ROWS,
     OwnRow,
@@ -176,6 +176,23 @@ def ratios_to(base: str, runs: dict[str, list[Any]]) -> str:
     return ", ".join(f"{label} {statistics.median(all_of) / own:.2f}" for label, all_of in totals.items())
 
 
+def verdicts_of(runs: dict[str, list[Any]]) -> list[dict[str, Any]]:
+    """DSP with recompute against what stores graphs, by the measured bytes of all stages together."""
+    measured = {
+        label.removeprefix("stalewise "): sum(run["measured"])
+        for label, several in runs.items()
+        for run in several
+        if run["measured"] is not None
+    }
+    pairs = (("dsp minimal", "dsp minimal stored"), ("dsp (K-1-k)", "dsp (K-1-k) stored"))
+    pairs += tuple((base, other) for base, _ in pairs for other in ("ddg", "pipedream"))
+    return [
+        verdict(f"memory of all stages, {base} over {other}", measured[base] / measured[other], 1.0)
+        for base, other in pairs
+        if base in measured and other in measured
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="resnet56")
@@ -183,7 +200,7 @@ def main() -> None:
     parser.add_argument("--stages", type=int, default=3)
     parser.add_argument("--micro-batches", type=int, default=4, help="of GPipe and 1F1B, on both sides")
     parser.add_argument("--steps", type=int, default=12, help="beside those that fill the pipeline")
-    parser.add_argument("--repeats", type=int, default=3, help="fresh processes per row for the resident size")
+    parser.add_argument("--repeats", type=int, default=2, help="fresh processes per row for the resident size")
     parser.add_argument("--only", nargs="+", default=[], metavar="TEXT", help="rows whose name contains one of these")
     parser.add_argument(
         "--allocator",
@@ -191,7 +208,9 @@ def main() -> None:
         default="ours",
         help="ours: processes keep what they free and ask for huge pages, on both sides; system: as glibc does",
     )
+    add_out(parser)
     options = vars(parser.parse_args())
+    out_file = options.pop("out")
     labels = [label for label in ROWS if not options["only"] or any(text in label for text in options["only"])]
     if not labels:
         parser.error(f"no row is called so; there are {', '.join(ROWS)}")
@@ -220,6 +239,7 @@ def main() -> None:
     for base in ("stalewise dsp minimal", "stalewise dsp (K-1-k)"):
         if base in runs:
             print(f"resident, all stages, over {base}: {ratios_to(base, runs)}")
+    leave(out_file, options, {"profiled": profiled, "runs": runs}, verdicts_of(runs))
 
 
 if __name__ == "__main__":

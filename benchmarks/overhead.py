@@ -9,19 +9,23 @@ Each round times two things in the same K processes, one thread each:
 
 and prints the step time of the pipeline over that of the slowest local stage. All stages compute in both, because
 cores share caches and memory: alone on the machine a stage would be faster than it can ever be in a pipeline.
+
+The verdict is on pipelines that leave a core to the threads that send and receive, and to everything else.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
+import tempfile
 import time
 from itertools import pairwise
 from pathlib import Path
 
 import torch
-from common import machine, spread, table
+from common import add_out, leave, machine, spread, table, verdict
 from torch import Tensor, nn
 
 import stalewise
@@ -33,6 +37,8 @@ from stalewise.models import build_model
 from stalewise.protocol.trace import Span
 from stalewise.runtime.exchange import all_gather_json
 from stalewise.runtime.job import current_job
+
+TARGET = 1.03
 
 
 class TensorsAtHand:
@@ -136,25 +142,28 @@ def _local_stage(model_name, method, cuts, rank, images, labels, sgd) -> Interpr
 
 
 def main() -> None:
+    cores = os.cpu_count() or 1
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="resnet56")
-    parser.add_argument("--batch-size", type=int, nargs="+", default=[64])
-    parser.add_argument("--stages", type=int, nargs="+", default=[2, 3])
+    parser.add_argument("--batch-size", type=int, nargs="+", default=[64, 256])
+    parser.add_argument("--stages", type=int, nargs="+", default=[max(cores - 1, 1)])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=6.0, help="per side and round")
+    add_out(parser)
     options = parser.parse_args()
     print(machine())
-    out = Path(f"/tmp/stalewise-overhead-{time.time_ns()}.json")
-    rows = []
+    rows, results, verdicts = [], [], []
     for batch_size in options.batch_size:
         for stages in options.stages:
-            stalewise.launch(
-                worker,
-                num_workers=stages,
-                args=[options.model, batch_size, options.rounds, options.seconds, str(out)],
-            )
-            result = json.loads(out.read_text())
-            out.unlink()
+            with tempfile.TemporaryDirectory() as folder:
+                out = Path(folder) / "result.json"
+                stalewise.launch(
+                    worker,
+                    num_workers=stages,
+                    args=[options.model, batch_size, options.rounds, options.seconds, str(out)],
+                )
+                result = json.loads(out.read_text())
+            results.append({"batch_size": batch_size, "stages": stages, **result})
             rows.append(
                 [
                     str(batch_size),
@@ -165,8 +174,13 @@ def main() -> None:
                     spread(result["ratios"]),
                 ]
             )
-    print(f"{options.model}, minimal DSP, {options.rounds} rounds: median (min .. max)")
+    print(f"{options.model}, minimal DSP, {options.rounds} rounds: median (min .. max); {cores} cores")
     print(table(["batch", "stages", "cuts", "slowest stage ms", "pipeline ms", "pipeline / stage"], rows))
+    for result in results:
+        if result["stages"] < cores:
+            named = f"pipeline over slowest stage, batch {result['batch_size']}, K = {result['stages']}"
+            verdicts.append(verdict(named, statistics.median(result["ratios"]), TARGET))
+    leave(options.out, vars(options), results, verdicts)
 
 
 if __name__ == "__main__":

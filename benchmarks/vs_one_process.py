@@ -14,6 +14,7 @@ import argparse
 import copy
 import json
 import os
+import statistics
 import tempfile
 import time
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import machine, spread, table
+from common import add_out, leave, machine, spread, table
 from rounds import interleaved
 from sides import Batch, OwnSide, Side, Task, loss_fn, make_task, named, optimizer, shallow
 from torch import nn
@@ -119,21 +120,34 @@ def worker(options: dict[str, Any], batch_size: int, out: str) -> None:
         Path(out).write_text(json.dumps({"times": times}))
 
 
+def in_words(times: dict[str, list[float]], batch_size: int) -> str:
+    """The quickest DSP row against the quickest of the others."""
+    medians = {name: statistics.median(own) for name, own in times.items()}
+    own = min((name for name in medians if name.startswith(OWN)), key=medians.__getitem__)
+    other = min((name for name in medians if not name.startswith(OWN)), key=medians.__getitem__)
+    ratio = medians[own] / medians[other]
+    return f"verdict: batch {batch_size}: the quickest DSP row ({own}) takes {ratio:.2f} of the time of {other}"
+
+
 def main() -> None:
     cores = os.cpu_count() or 1
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="resnet56")
     parser.add_argument("--batch-size", type=int, nargs="+", default=[64, 256])
     parser.add_argument("--stages", type=int, default=cores)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--seconds", type=float, default=6.0, help="per side and round")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=3.0, help="per side and round")
+    add_out(parser)
     options = vars(parser.parse_args())
+    out_file = options.pop("out")
     print(machine())
+    results = []
     for batch_size in options["batch_size"]:
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "result.json"
             stalewise.launch(worker, num_workers=options["stages"], args=[options, batch_size, str(out)])
             times = json.loads(out.read_text())["times"]
+        results.append({"batch_size": batch_size, "times_s": times})
         print(
             f"\n{options['model']}, batch {batch_size}, K = {options['stages']} processes, one process with {cores} "
             f"threads, {options['rounds']} rounds: median (min .. max); load {os.getloadavg()[0]:.1f} at the end"
@@ -147,7 +161,9 @@ def main() -> None:
             ]
             lines.append([name, spread([1e3 * value for value in own], 1), *ratios])
         print(table(["side", "ms per batch", "/ one process", "/ data parallel"], lines))
+        print(in_words(times, batch_size))
     print("\nratios are of the same memory format, round by round; below 1 is quicker")
+    leave(out_file, options, results)
 
 
 if __name__ == "__main__":
