@@ -20,9 +20,13 @@ a declaration in `src/stalewise/experiments/paper_learning.py` or `paper_systems
     stalewise reproduce NAME --scale short      what is shown here, about an hour each
     stalewise reproduce NAME --scale full       the papers' settings
 
-Interrupted, the same command goes on. `--results experiments/results` keeps tables and plots. All of `short`:
+Interrupted, the same command goes on; `--part PART` runs one line of the tables' first column alone. What is learned
+does not depend on where stages run, so these experiments run all stages in one process, several runs at a time with
+`--jobs N`, and a run that two experiments ask for is made once; their times say nothing and are left out. Times and
+memory are measured with a process for each stage, one run after another. `--results experiments/results` keeps tables
+and plots. All of `short`:
 
-    stalewise reproduce all --scale short --data PATH-OF-CIFAR-10-PARQUET --results experiments/results
+    stalewise reproduce all --scale short --data PATH-OF-CIFAR-10-PARQUET --jobs 4 --results experiments/results
 
 On an accelerator, `--engine sequential --device cuda:0 --label NAME` runs all stages in one process and keeps its
 files beside those of other hardware.

@@ -75,6 +75,7 @@ class TextLines(ComparisonDisplay):
 
     def begin(self, config: ComparisonConfig, path: Path) -> None:
         shared = config.shared
+        self._number = 0
         self._total = len(list(config.runs()))
         self._width = max(len(planned.name) for planned in config.runs())
         self._seeds = config.seeds

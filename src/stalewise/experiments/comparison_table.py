@@ -278,7 +278,7 @@ def _title(entry: Entry, method: Any) -> str:
 
 def _note(entry: Entry, stages: int) -> str:
     if entry.method == "one-process":
-        return "the unsplit model in one process that has all cores"
+        return "the unsplit model in one process that has the threads of all stages"
     if entry.method == "data-parallel":
         return (
             f"the unsplit model on {stages} processes, each with its part of every batch; BatchNorm uses the "

@@ -55,20 +55,21 @@ def speedup() -> Experiment:
                             **SHORT,
                             "model": model,
                             "stages": stages,
-                            "batch_size": 64,
+                            "batch_size": batch_size,
                             "epochs": 1,
-                            "train_limit": 64 * batches,
+                            "train_limit": batch_size * batches,
                             "test_limit": 128,
                             "threads": 1,
                         },
                     )
-                    for model, batches in (("resnet56", 30), ("vgg19", 20))
+                    for model, batch_size, batches in (("resnet56", 64, 30), ("vgg19", 32, 24))
                     for stages in (2, 3, 4)
                 ),
                 seeds=2,
                 deviations=(
-                    "ResNet-56 in place of ResNet-164 and ResNet-1001, no ResNeXt-29, batches of 64, and 20 to 30 "
-                    "batches per run with their warm-up and drain; one thread per stage, four cores for one process."
+                    "ResNet-56 in place of ResNet-164 and ResNet-1001, no ResNeXt-29, 30 batches of 64 (VGG-19: 24 of "
+                    "32) per run with their warm-up and drain; one thread per stage, as many for one process as a "
+                    "pipeline has stages."
                 ),
             ),
             "full": Plan(
@@ -117,12 +118,16 @@ def stragglers() -> Experiment:
             ),
             "short": Plan(
                 parts=tuple(
-                    part(factor, {**SHORT, "batch_size": 64, "epochs": 1, "train_limit": 4096, "threads": 1}, depths)
+                    part(
+                        factor,
+                        {**SHORT, "batch_size": 64, "epochs": 1, "train_limit": 3072, "test_limit": 128, "threads": 1},
+                        depths,
+                    )
                     for factor in (1.2, 1.5, 2.0, 2.5)
                 ),
                 seeds=2,
                 deviations=(
-                    "ResNet-20, 64 batches of 64 per run. A slow step sleeps for its additional time, so that it takes "
+                    "ResNet-20, 48 batches of 64 per run. A slow step sleeps for its additional time, so that it takes "
                     "no core from other stages."
                 ),
             ),
@@ -174,7 +179,7 @@ def memory() -> Experiment:
                             "model": "resnet56",
                             "stages": stages,
                             "epochs": 1,
-                            "train_limit": 128 * 16,
+                            "train_limit": 64 * 12,
                             "test_limit": 128,
                             "threads": 1,
                         },
@@ -182,7 +187,7 @@ def memory() -> Experiment:
                     for stages in (2, 3, 4)
                 ),
                 seeds=1,
-                deviations="ResNet-56, 16 batches per run. Tensors are counted, so more batches change nothing.",
+                deviations="ResNet-56, 12 batches per run. Tensors are counted, so more batches change nothing.",
             ),
             "full": Plan(
                 parts=tuple(

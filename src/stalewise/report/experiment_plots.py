@@ -6,8 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from stalewise.report.experiment import HEADS, UNITS, Column, Plot, Row, cell
-from stalewise.report.figures import stage_colour
+from stalewise.report.experiment import HEADS, UNITS, Column, Plot, Row
 from stalewise.report.svg import draw_svg
 
 __all__ = ["draw_plot"]
@@ -82,7 +81,7 @@ def _bars(column: Column, title: str, rows: Sequence[Row]) -> str:
     slots = len(rows) + len(parts)
     width = max(_PANEL_WIDTH * 2, 60 + 18 * slots)
     height = _PANEL_HEIGHT + 40 + _legend_height(len(colours))
-    scale, _, unit = UNITS[column]
+    scale, digits, unit = UNITS[column]
 
     def draw(figure: Any) -> None:
         axes = figure.subplots()
@@ -97,9 +96,8 @@ def _bars(column: Column, title: str, rows: Sequence[Row]) -> str:
                 axes.bar(
                     place, mean, width=0.9, color=colours[row["method"]], label=label, yerr=spread, ecolor="#374151"
                 )
-                text = cell(row, column).split(" ±")[0]
                 axes.annotate(
-                    text,
+                    f"{mean:.{digits}f}",
                     (place, mean + spread),
                     xytext=(0, 4),
                     textcoords="offset points",
@@ -130,8 +128,8 @@ def _gradients(title: str, gradients: Sequence[Row]) -> str:
             own = [row for row in gradients if (row["part"], row["method"]) == (part, method)]
             for stage in range(stages):
                 places, values, lows, highs = _mean_curve(own, "batch", f"stage{stage}")
-                axes.plot(places, values, color=stage_colour(stage), linewidth=1.2, label=f"stage {stage}")
-                axes.fill_between(places, lows, highs, color=stage_colour(stage), alpha=0.12, linewidth=0)
+                axes.plot(places, values, color=_COLOURS[stage % len(_COLOURS)], linewidth=1.2, label=f"stage {stage}")
+                axes.fill_between(places, lows, highs, color=_COLOURS[stage % len(_COLOURS)], alpha=0.12, linewidth=0)
             for drop in _drops(own):
                 axes.axvline(drop, color="#9ca3af", linewidth=0.8, linestyle="--")
             axes.set_title(f"{part}: {method}", fontsize=11, loc="left")
