@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from comparison_folders import no_training
 
 from stalewise.errors import ConfigError
 from stalewise.experiments import comparison
@@ -16,6 +17,8 @@ from stalewise.experiments.experiment import Experiment, Part, Plan
 from stalewise.experiments.reproduce import reproduce
 from stalewise.experiments.shared_runs import SharedRuns
 from stalewise.report.comparison_data import Comparison
+
+__all__ = ["no_training"]
 
 CONFIG = TrainConfig(
     model="resnet8",
@@ -104,6 +107,19 @@ def test_equal_runs_of_two_experiments_are_made_once(tmp_path: Path, monkeypatch
         assert kept is not None
         for file in ("metrics.jsonl", "model.safetensors", "environment.json"):
             assert (folder / file).read_bytes() == (kept / file).read_bytes()
+
+
+def test_the_baseline_that_is_measured_is_made_anew(tmp_path: Path, no_training: list[str]) -> None:
+    def runs(engine: str, name: str) -> list[str]:
+        no_training.clear()
+        settings = replace(CONFIG, engine=engine)
+        config = ComparisonConfig(methods=("dsp",), options={}, baselines=("one-process",), seeds=1, shared=settings)
+        compare(config, tmp_path / name, shared=SharedRuns(tmp_path / "shared"))
+        return sorted(no_training)
+
+    assert runs("sequential", "a") == ["dsp-seed0", "one-process-seed0"]
+    assert runs("sequential", "b") == []
+    assert runs("distributed", "c") == ["dsp-seed0", "one-process-seed0"]
 
 
 def test_parts_are_run_alone_and_what_is_complete_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

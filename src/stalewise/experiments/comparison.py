@@ -272,15 +272,17 @@ class Runner:
         folder.rename(final)
 
     def _run_in_one_process(self, config: TrainConfig, folder: Path) -> None:
-        found = self.shared.find(config) if self.shared else None
+        # The baseline of a comparison of several processes is asked for its time.
+        shared = self.shared if self.config.shared.engine == "sequential" else None
+        found = shared.find(config) if shared else None
         if found is not None:
             shutil.copytree(found, folder, dirs_exist_ok=True)
             return
         # In a process of its own: its threads and its memory are then those of the run alone.
         write_json(folder / "config.json", config.as_dict())
         launch(_run_worker, num_workers=1, args=[str(folder)])
-        if self.shared:
-            self.shared.keep(config, folder)
+        if shared:
+            shared.keep(config, folder)
 
 
 def _run_worker(folder: str) -> None:
