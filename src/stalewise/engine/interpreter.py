@@ -27,6 +27,7 @@ from stalewise.engine.memory import MemoryMeter, StageUsage, resident_bytes
 from stalewise.engine.messages import Activation, Gradient, message_tensors
 from stalewise.engine.stage import Stage
 from stalewise.engine.step_clock import StepClock
+from stalewise.engine.trace_file import TraceFile
 from stalewise.engine.tree import flatten, unflatten
 from stalewise.errors import ConfigError
 from stalewise.protocol.actions import COMPUTE, Action, Kind
@@ -105,7 +106,7 @@ class Interpreter:
     ) -> None:
         self.stage = stage
         self.program = program
-        self.trace = Trace(stage.index)
+        self.trace = Trace(stage.index, store=TraceFile())
         self._losses: deque[tuple[int, Tensor]] = deque()
         self._links = links
         self.probe = probe
