@@ -327,6 +327,31 @@ class TestMisuse:
         with pytest.raises(CheckpointError, match=text):
             pipeline(method_of("dsp"), **options).resume(tmp_path)
 
+    def test_another_precision(self, tmp_path: Path) -> None:
+        """Refused both ways; a method that can run under autocast is resumed with the same one."""
+        for saved, other in ((None, "bfloat16"), ("bfloat16", None)):
+            folder = tmp_path / str(saved)
+            pipeline(method_of("dsp"), autocast=saved).save(folder, wait=True)
+            with pytest.raises(CheckpointError, match=f"saved with autocast={saved!r}, .* has autocast={other!r}"):
+                pipeline(method_of("dsp"), autocast=other).resume(folder)
+            point = pipeline(method_of("dsp"), autocast=saved).resume(folder)
+            assert point is not None
+            assert point.exact
+
+    def test_another_clipping_and_other_threads_are_told(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        pipeline(method_of("dsp"), clip_grad_norm=0.5).save(tmp_path, wait=True)
+        point = pipeline(method_of("dsp"), clip_grad_norm=2.0).resume(tmp_path)
+        assert point is not None
+        assert not point.exact
+        assert "from here on clip_grad_norm is 2.0 instead of 0.5" in point.did
+        assert "round differently" not in point.did
+        now = {"torch": "9.9", "threads": torch.get_num_threads()}
+        monkeypatch.setattr("stalewise.runtime.persistence.environment", lambda: now)
+        point = pipeline(method_of("dsp"), clip_grad_norm=0.5).resume(tmp_path)
+        assert point is not None
+        assert point.exact
+        assert "and this is 9.9: kernels may round differently" in point.did
+
     def test_another_model(self, tmp_path: Path) -> None:
         pipeline(method_of("dsp")).save(tmp_path, wait=True)
         layers = [nn.Conv2d(3, 8, 5, padding=2), *list(pipeline(method_of("dsp"))._chain.layers)[1:]]

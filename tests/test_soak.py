@@ -21,7 +21,8 @@ STEADY = {"resident": 300 << 20, "descriptors": 20, "threads": 10, "times": [0.0
 def soak(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     spec = importlib.util.spec_from_file_location("soak", BENCHMARKS / "soak.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

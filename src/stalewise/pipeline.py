@@ -182,6 +182,7 @@ class Pipeline:
             job=self._job,
             device=self._device,
             assemble=self._assemble,
+            settings={"autocast": autocast, "clip_grad_norm": clip_grad_norm},
             token=token,
             patience_s=recv_timeout_s or FIRST_S,
         )
@@ -326,8 +327,7 @@ class Pipeline:
         attachments: Sequence[Attachment] = (),
         wait: bool = False,
     ) -> Path | None:
-        """Save everything that the run needs to go on, at any time, also in a loop over `train` (elastic staleness:
-        after a drain).
+        """Save everything that the run needs to go on, at any time, also in a loop over `train`.
 
         All ranks call it at the same place. Each waits until its stage is copied to host memory; the files are written
         in the background, into a folder that all ranks share, and become visible together by one rename. An error of
@@ -347,11 +347,6 @@ class Pipeline:
             ConfigError: where the state holds what a checkpoint cannot hold, or another run uses the folder.
             SaveError: where this checkpoint, or the one before, could not be written.
         """
-        if self.method.elastic_rule is not None and self.batches_in_flight:
-            raise ConfigError(
-                f"{self.batches_in_flight} batches are in flight and staleness is elastic, so what lies on the links "
-                "depends on timing. Save after a drain, or with a fixed staleness."
-            )
         return self._persistence.save(
             self._built("save"),
             Path(directory),

@@ -109,7 +109,7 @@ def rewritten(path: Path, **changes: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"format": 2}, r"is of format 2, and this release reads format 1; use the release that wrote it \(0\."),
+        ({"format": 3}, r"is of format 3, and this release reads format 2; use the release that wrote it \(0\."),
         ({"surprise": 1}, "not a manifest of this release"),
         ({"files": {"../evil": {"size": 1, "sha256": ""}}}, "not a manifest of this release"),
         ({"files": {"/etc/passwd": {"size": 1, "sha256": ""}}}, "not a manifest of this release"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from elastic_play import play
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -65,37 +66,6 @@ def test_whatever_arrives_when_the_bounds_hold_and_all_is_done(num_stages: int, 
     for stage, depth in enumerate(bound):
         assert max(realised_staleness(orders[stage][0])) <= depth
     assert play(method, count, data, orders) == orders
-
-
-def play(
-    method: DSP, count: int, data: st.DataObject, replay: tuple[tuple[str, ...], ...] | None
-) -> tuple[tuple[str, ...], ...]:
-    """A run in which any stage that can go on may be the next."""
-    courses = courses_of(method.program(), replay)
-    last = len(courses) - 1
-    activations, gradients, clock = [count, *[0] * last], [0] * (last + 1), 0
-    while True:
-        able = [
-            (stage, kind)
-            for stage, course in enumerate(courses)
-            if (kind := course.choose(activation_ready=activations[stage] > 0, gradients_waiting=gradients[stage]))
-        ]
-        if not able:
-            break
-        stage, kind = data.draw(st.sampled_from(able))
-        course = courses[stage]
-        clock += data.draw(st.sampled_from([1, 10, 100]))
-        if kind is Kind.FORWARD:
-            activations[stage] -= 1
-            if stage < last:
-                activations[stage + 1] += 1
-        elif kind is Kind.BACKWARD:
-            gradients[stage] -= stage < last
-            if stage > 0:
-                gradients[stage - 1] += 1
-        course.did(kind, clock)
-    assert all(letters[0].count("B") == count for letters in (course.orders for course in courses))
-    return tuple(course.orders for course in courses)
 
 
 def test_a_replay_with_other_batches_is_told() -> None:

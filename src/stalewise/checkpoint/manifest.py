@@ -17,7 +17,7 @@ from stalewise.errors import CheckpointError
 
 __all__ = ["FORMAT", "MANIFEST", "FileRecord", "Manifest", "file_checksum"]
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 _FILE_NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 
@@ -48,6 +48,8 @@ class Manifest:
         method: (name, options) by which it can be built; None for a method of the user's own.
         method_text: how the method prints.
         seed: of the random layers.
+        settings: other options of the pipeline that change numbers: "autocast", "clip_grad_norm".
+        environment: what rounding may depend on: "torch" (its version), "threads".
         cut: where the run stood; fields of `engine.Cut`.
         data: "none" (between sessions), "state" (the iterable's own state is kept), "position" (only how many batches
             were taken is known).
@@ -64,6 +66,8 @@ class Manifest:
     method: list[Any] | None
     method_text: str
     seed: int
+    settings: dict[str, Any]
+    environment: dict[str, Any]
     cut: dict[str, Any]
     data: str
     extra: Any
@@ -113,6 +117,8 @@ class Manifest:
             if set(content) != names or not all(_FILE_NAME.fullmatch(name) for name in files):
                 raise ValueError("other entries than this release writes")
             manifest = cls(**{**content, "files": files})
+            if set(manifest.settings) != {"autocast", "clip_grad_norm"}:
+                raise ValueError(f"settings {manifest.settings}")
             if len(manifest.cuts) != manifest.num_stages - 1:
                 raise ValueError(f"cuts {manifest.cuts} for {manifest.num_stages} stages")
             for number in (manifest.num_stages, manifest.num_batches, manifest.seed, *manifest.cuts):

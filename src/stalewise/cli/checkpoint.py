@@ -72,6 +72,8 @@ def describe(path: Path) -> dict[str, Any]:
         "method": manifest.method_text,
         "stages": manifest.num_stages,
         "cuts": manifest.cuts,
+        **manifest.settings,
+        **manifest.environment,
         "batches": manifest.num_batches,
         "local_steps_since_drain": cut["steps"],
         "batches_since_drain": cut["entered"],

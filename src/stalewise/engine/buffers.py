@@ -8,12 +8,33 @@ fresh ones for each pass, because a stage may also give a buffer away as its out
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 
-__all__ = ["unchanged_buffers"]
+__all__ = ["all_buffers", "restore_buffers", "unchanged_buffers"]
+
+
+def all_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor | None]]:
+    """Every place of a buffer, also an empty one."""
+    for path, part in module.named_modules():
+        for name, buffer in part._buffers.items():
+            yield (f"{path}.{name}" if path else name), buffer
+
+
+def restore_buffers(module: nn.Module, values: Mapping[str, Tensor | None]) -> None:
+    """Put values of `all_buffers` back into their places."""
+    with torch.no_grad():
+        for path, value in values.items():
+            parent, _, name = path.rpartition(".")
+            part = module.get_submodule(parent)
+            own = part._buffers.get(name)
+            if own is not None and value is not None and own.shape == value.shape and own.dtype == value.dtype:
+                own.copy_(value)
+            else:
+                part.register_buffer(name, value, persistent=name not in part._non_persistent_buffers_set)
 
 
 @contextmanager

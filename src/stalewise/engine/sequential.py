@@ -28,6 +28,7 @@ from stalewise.engine.memory import MemoryMeter, StageUsage
 from stalewise.engine.messages import Activation, Gradient, message_tensors, messages_value
 from stalewise.engine.score import Score, mean
 from stalewise.engine.snapshot import (
+    check_course,
     check_stage,
     restore_interpreter,
     restore_stage,
@@ -88,6 +89,8 @@ class SequentialEngine(Engine):
         self._drain = True
         self._logical_time = logical_time
         self._courses = courses_of(program, replay)
+        for stage, _ in zip(stages, self._courses, strict=False):
+            stage.keep_buffers_of_recomputes()
         self._links = [_LocalLinks(self) for _ in stages]
         for upper, lower in zip(self._links, self._links[1:], strict=False):
             upper.after, lower.before = lower, upper
@@ -225,7 +228,12 @@ class SequentialEngine(Engine):
             probe = self._probes[stage.index].snapshot() if self._probes else None
             add_messages = take(
                 stage.index,
-                {"stage": snapshot_stage(stage), "interpreter": snapshot_interpreter(interpreter), "probe": probe},
+                {
+                    "stage": snapshot_stage(stage),
+                    "interpreter": snapshot_interpreter(interpreter),
+                    "probe": probe,
+                    "course": self._courses[stage.index].snapshot() if self._courses else None,
+                },
             )
             add_messages(links.snapshot())
 
@@ -235,6 +243,8 @@ class SequentialEngine(Engine):
     def check(self, stages: Mapping[int, Mapping[str, Any]]) -> None:
         for stage in self.stages:
             check_stage(stage, stages[stage.index]["stage"])
+            if self._courses:
+                check_course(self._courses[stage.index], stages[stage.index]["course"])
 
     def _restore(self, cut: Cut, stages: Mapping[int, Mapping[str, Any]]) -> None:
         for stage, interpreter, links in zip(self.stages, self._interpreters, self._links, strict=True):
@@ -244,6 +254,8 @@ class SequentialEngine(Engine):
             links.restore(snapshot["messages"])
             if self._probes and snapshot["probe"] is not None:
                 self._probes[stage.index].restore(snapshot["probe"])
+            if self._courses:
+                self._courses[stage.index].restore(snapshot["course"])
 
     def state_dict(self) -> dict[str, Tensor]:
         return {name: value for stage in self.stages for name, value in stage_state(stage).items()}

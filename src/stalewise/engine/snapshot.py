@@ -6,25 +6,29 @@
 
 Snapshots refer to the stage's own tensors: they are to be copied before the next action. Restoring one gives a stage
 that goes on bitwise as the first one would. Graphs are not kept as such: their forward runs once more on the stored
-input, and what autograd saves is replaced by what it had saved before (`saved_weights`).
+input, and what autograd saves is replaced by what it had saved before (`saved_weights`). A recompute that ran ahead of
+its gradient (elastic stages) runs once more, with the buffers that it met.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from stalewise.engine.buffers import all_buffers, restore_buffers
 from stalewise.engine.interpreter import Interpreter
 from stalewise.engine.messages import Activation, Gradient
 from stalewise.engine.stage import Stage, StoredInput
 from stalewise.engine.state import load_optimizer_state, named_optimizer_state
-from stalewise.errors import CheckpointError, ConfigError
+from stalewise.errors import CheckpointError, ConfigError, ProgramError
 from stalewise.protocol.actions import Kind
+from stalewise.protocol.course import Course
 
 __all__ = [
+    "check_course",
     "check_stage",
     "restore_interpreter",
     "restore_stage",
@@ -54,7 +58,7 @@ def snapshot_stage(stage: Stage) -> dict[str, Any]:
         ConfigError: where it holds a graph that cannot be built again.
     """
     saved_weights = stage._saved_weights
-    if stage._graphs and saved_weights is None:
+    if saved_weights is None and stage._graphs.keys() - stage._buffers_before.keys():
         raise ConfigError(
             f"stage {stage.index} holds graphs of {len(stage._graphs)} batches that no backward of this program is "
             "known to use later; save after a drain."
@@ -63,7 +67,7 @@ def snapshot_stage(stage: Stage) -> dict[str, Any]:
     return {
         "description": stage_description(stage),
         "model": stage.module.state_dict(),
-        "buffers": {name: value for name, value in _all_buffers(stage.module) if name not in persistent},
+        "buffers": {name: value for name, value in all_buffers(stage.module) if name not in persistent},
         "gradients": {name: value.grad for name, value in stage.module.named_parameters() if value.grad is not None},
         "optimizer": named_optimizer_state(stage),
         "lr_scheduler": None if stage.lr_scheduler is None else stage.lr_scheduler.state_dict(),
@@ -78,6 +82,7 @@ def snapshot_stage(stage: Stage) -> dict[str, Any]:
         ],
         "saved_weights": None if saved_weights is None else saved_weights.snapshot(),
         "graphs": [] if saved_weights is None else [[*unit, saved_weights.saved_in(unit)] for unit in stage._graphs],
+        "recomputed": [[*unit, buffers] for unit, buffers in stage._buffers_before.items()],
         "synthesizer": None if stage.synthesizer is None else stage.synthesizer.snapshot(),
     }
 
@@ -89,9 +94,7 @@ def restore_stage(stage: Stage, snapshot: Mapping[str, Any]) -> None:
         stage: built from the same layers and recipes.
         snapshot: of `snapshot_stage`, with its tensors on the stage's device; the stage keeps them.
     """
-    with torch.no_grad():
-        for name, value in stage.module.state_dict().items():
-            value.copy_(snapshot["model"][name])
+    _load_model(stage, snapshot["model"])
     load_optimizer_state(stage, snapshot["optimizer"])
     if stage.lr_scheduler is not None:
         stage.lr_scheduler.load_state_dict(snapshot["lr_scheduler"])
@@ -109,7 +112,11 @@ def restore_stage(stage: Stage, snapshot: Mapping[str, Any]) -> None:
         stage._saved_weights.restore(snapshot["saved_weights"])
         for batch, micro_batch, saved in snapshot["graphs"]:
             stage.rebuild_graph((batch, micro_batch), saved)
-    _restore_buffers(stage.module, snapshot["buffers"])
+    restore_buffers(stage.module, snapshot["buffers"])
+    for batch, micro_batch, buffers in snapshot["recomputed"]:
+        restore_buffers(stage.module, buffers)
+        # It leaves the buffers as they are in the snapshot. Autograd may have saved them: they are not written again.
+        stage.recompute(batch, micro_batch)
     if stage.synthesizer is not None and snapshot["synthesizer"] is not None:
         stage.synthesizer.restore(snapshot["synthesizer"])
 
@@ -139,6 +146,18 @@ def check_stage(stage: Stage, snapshot: Mapping[str, Any]) -> None:
     missing = [name for name in stage.module.state_dict() if name not in snapshot["model"]]
     if missing:
         raise CheckpointError(f"it is of another model: it has no value for {missing[0]!r} of stage {stage.index}.")
+
+
+def check_course(course: Course, snapshot: Mapping[str, Any]) -> None:
+    """Make sure that the record of an elastic stage can go on.
+
+    Raises:
+        CheckpointError: where it is to repeat another one.
+    """
+    try:
+        course.check(snapshot)
+    except ProgramError as error:
+        raise CheckpointError(f"it is of another run: {error}") from None
 
 
 def snapshot_interpreter(interpreter: Interpreter) -> dict[str, Any]:
@@ -173,23 +192,12 @@ def restore_interpreter(interpreter: Interpreter, snapshot: Mapping[str, Any]) -
     interpreter._losses_to_send.update(snapshot["losses_to_send"])
 
 
-def _all_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor | None]]:
-    """Every place of a buffer, also an empty one."""
-    for path, part in module.named_modules():
-        for name, buffer in part._buffers.items():
-            yield (f"{path}.{name}" if path else name), buffer
-
-
-def _restore_buffers(module: nn.Module, values: Mapping[str, Tensor | None]) -> None:
+def _load_model(stage: Stage, values: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
-        for path, value in values.items():
-            parent, _, name = path.rpartition(".")
-            part = module.get_submodule(parent)
-            own = part._buffers.get(name)
-            if own is not None and value is not None and own.shape == value.shape and own.dtype == value.dtype:
-                own.copy_(value)
-            else:
-                part.register_buffer(name, value, persistent=name not in part._non_persistent_buffers_set)
+        for name, parameter in stage.module.named_parameters(remove_duplicate=False):
+            parameter.copy_(values[name])
+    names = [name for name, _ in all_buffers(stage.module) if name in values]
+    restore_buffers(stage.module, {name: values[name].to(stage.device, copy=True) for name in names})
 
 
 def _type_name(value: object) -> str | None:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from stalewise.engine.buffers import unchanged_buffers
+from stalewise.engine.buffers import all_buffers, unchanged_buffers
 from stalewise.engine.compiled import call_of, check_compiled
 from stalewise.engine.isolation import Isolation, has_gradient
 from stalewise.engine.layout import dense
@@ -128,6 +128,8 @@ class Stage:
         self._gradients_added = 0
         self._saved_weights = _saved_weights(list(module.parameters()), program)
         self._saved_tensors: SavedTensorLog | None = None
+        self._keeps_buffers = False
+        self._buffers_before: dict[Unit, dict[str, Tensor | None]] = {}
         self.synthesizer: Synthesizer | None = None
         if program.policy.synthesizer is not None:
             self.synthesizer = Synthesizer(program.policy.synthesizer, seed=stream_seed(seed, index, -1), device=device)
@@ -161,6 +163,9 @@ class Stage:
 
     def recompute(self, batch: int, micro_batch: int | None = None) -> None:
         """Forward a stored input again, with the weights of now, and keep the graph."""
+        if self._keeps_buffers:
+            copies = {name: None if own is None else own.detach().clone() for name, own in all_buffers(self.module)}
+            self._buffers_before[batch, micro_batch] = copies
         self._pass(self._stored[batch, micro_batch], (batch, micro_batch), with_graph=True)
 
     def backward(
@@ -176,6 +181,7 @@ class Stage:
             The gradient of each leaf of the input; None for leaves that have none, such as integers.
         """
         graph = self._graphs.pop((batch, micro_batch))
+        self._buffers_before.pop((batch, micro_batch), None)
         del self._stored[batch, micro_batch]
         received = self._loss_gradient(graph) if gradients is None else gradients
         roots = [
@@ -211,6 +217,13 @@ class Stage:
         self.optimizer.zero_grad(set_to_none=True)
         if self.lr_scheduler is not None:
             self.lr_scheduler.step()
+
+    def keep_buffers_of_recomputes(self) -> None:
+        """From now on keep what the buffers were before a recompute until its backward.
+
+        So a graph that waits for its gradient at a checkpoint can be recomputed once more there.
+        """
+        self._keeps_buffers = True
 
     def synthesize(self, output: Activation, batch: int) -> list[Tensor | None]:
         """Predict the gradient of an output (one tensor) before the stage after has computed it."""

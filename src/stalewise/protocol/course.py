@@ -13,9 +13,9 @@ again, whatever the timing. The rule itself is `protocol.elastic`.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from stalewise.errors import ProgramError
 from stalewise.protocol.actions import Action, Kind
@@ -45,6 +45,10 @@ class _Chooser(Protocol):
 
     def did(self, kind: Kind, time_ns: int) -> None: ...
 
+    def state(self) -> tuple[list[int], int] | None: ...
+
+    def restore(self, letters: str, rule: tuple[Sequence[int], int] | None) -> None: ...
+
 
 class Course:
     """One stage while it runs.
@@ -53,14 +57,11 @@ class Course:
         program: of all stages; elastic.
         stage: k.
         replay: the letters of each cycle, to be repeated; None: the rule decides.
-
-    Attributes:
-        letters: of each cycle so far.
     """
 
     def __init__(self, program: Program, stage: int, replay: Sequence[str] | None = None) -> None:
         assert program.elastic is not None, "only an elastic program leaves anything to choose"
-        self.letters: list[list[str]] = []
+        self._letters: list[bytearray] = []
         self._steps, self._stage = program.stages[stage], stage
         self._rule = replace(program.elastic, recompute=self._steps.recomputes)
         self._bound = int(program.staleness[stage])
@@ -87,8 +88,43 @@ class Course:
 
     @property
     def orders(self) -> tuple[str, ...]:
-        """The letters of each cycle so far."""
-        return tuple("".join(cycle) for cycle in self.letters)
+        """The letters of each cycle so far; of one that was begun after a drain and has no batch, nothing."""
+        cycles = [cycle.decode("ascii") for cycle in self._letters]
+        return tuple(cycles if cycles[-1] or len(cycles) == 1 else cycles[:-1])
+
+    def snapshot(self) -> dict[str, Any]:
+        """What was chosen, and what the rule remembers, as JSON values."""
+        return {"letters": list(self.orders), "rule": self._chooser.state()}
+
+    def check(self, snapshot: Mapping[str, Any]) -> None:
+        """Make sure that this course can go on where another one stood.
+
+        Raises:
+            ProgramError: where it is to repeat another record than the one that began there.
+        """
+        if not snapshot["letters"]:
+            raise ProgramError(f"the order of stage {self._stage} has no cycle.")
+        for number, letters in enumerate(snapshot["letters"]):
+            if letters.strip("FRB"):
+                raise ProgramError(f"the order of stage {self._stage} holds other letters than F, R and B.")
+            given = "" if self._replay is None or number >= len(self._replay) else self._replay[number]
+            if self._replay is not None and not given.startswith(letters):
+                raise ProgramError(
+                    f"the order to repeat is another one than that of the checkpoint: cycle {number} of stage "
+                    f"{self._stage} begins with {given[: len(letters)]!r}, there with {letters!r}. Give the orders of "
+                    "the run that was saved, or none."
+                )
+
+    def restore(self, snapshot: Mapping[str, Any]) -> None:
+        """Go on where another course stood; see `check`."""
+        self._letters = []
+        for letters in snapshot["letters"]:
+            self._chooser = self._begin()
+            self._letters[-1].extend(letters.encode("ascii"))
+            for depth in realised_staleness(letters):
+                self._staleness[depth] += 1
+        self._chooser.restore(letters, snapshot["rule"])
+        self._recomputed = letters.rfind("R") > letters.rfind("B")
 
     def begin_cycle(self) -> None:
         """Batches count anew, after a drain."""
@@ -131,7 +167,7 @@ class Course:
             self._staleness[chooser.forwarded - 1 - chooser.backwarded] += 1
             self._note(1 if chooser.received == chooser.backwarded and not self._last else 0)
         self._recomputed = kind is Kind.RECOMPUTE or (self._recomputed and kind is Kind.FORWARD)
-        self.letters[-1].append(_LETTERS[kind])
+        self._letters[-1].append(ord(_LETTERS[kind]))
         chooser.did(kind, time_ns)
 
     def _note(self, gradients_waiting: int) -> None:
@@ -139,10 +175,10 @@ class Course:
             self._chooser.gradient_came()
 
     def _begin(self) -> _Chooser:
-        self.letters.append([])
+        self._letters.append(bytearray())
         if self._replay is None:
             return ElasticStage(self._rule, self._stage)
-        cycle = len(self.letters) - 1
+        cycle = len(self._letters) - 1
         if cycle >= len(self._replay):
             # A run that is over has begun no further cycle.
             return _Replayed("", self._stage, self._last)
@@ -183,6 +219,14 @@ class _Replayed:
 
     def gradient_came(self) -> None:
         self.received += 1
+
+    def state(self) -> None:
+        """A record remembers nothing."""
+
+    def restore(self, letters: str, rule: tuple[Sequence[int], int] | None) -> None:
+        self._place = len(letters)
+        self.forwarded, self.backwarded = letters.count("F"), letters.count("B")
+        self.received = self.forwarded if self._last else self.backwarded
 
     def did(self, kind: Kind, time_ns: int) -> None:
         recorded = self._letters[self._place : self._place + 1]

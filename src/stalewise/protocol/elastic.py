@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import statistics
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from stalewise.errors import ConfigError
@@ -100,6 +101,16 @@ class SlowSteps:
         """Whether one of the last updates was slow."""
         return self._left > 0
 
+    @property
+    def state(self) -> tuple[list[int], int]:
+        """Durations of the last updates, and for how many more one of them counts as slow: plain values."""
+        return list(self._times), self._left
+
+    def restore(self, times: Sequence[int], left: int) -> None:
+        """Go on with the `state` of another one; the clock may be another, so the next update has no duration."""
+        self._times.extend(times)
+        self._left = left
+
     def updated(self, time_ns: int) -> None:
         """An update ended at `time_ns`, on any clock that only goes forward."""
         self._left = max(self._left - 1, 0)
@@ -157,6 +168,23 @@ class ElasticStage:
         if self._recomputes and self.in_flight and not self._graph:
             return Kind.RECOMPUTE
         return None
+
+    def state(self) -> tuple[list[int], int]:
+        """What is remembered of the times of updates; see `SlowSteps.state`."""
+        return self.slow_steps.state
+
+    def restore(self, letters: str, rule: tuple[Sequence[int], int] | None) -> None:
+        """Go on where another one stood.
+
+        Args:
+            letters: what was done in this cycle, as in `protocol.course`.
+            rule: its `state`; None: nothing is known of the times.
+        """
+        self.forwarded, self.backwarded = letters.count("F"), letters.count("B")
+        self.received = self.forwarded if self._below == 0 else self.backwarded
+        self._graph = letters.rfind("R") > letters.rfind("B")
+        if rule is not None:
+            self.slow_steps.restore(*rule)
 
     def gradient_came(self) -> None:
         """The gradient of the next batch to backward without one is here."""

@@ -28,6 +28,7 @@ from stalewise.engine.memory import MemoryMeter, StageUsage
 from stalewise.engine.messages import Activation
 from stalewise.engine.score import Score, mean
 from stalewise.engine.snapshot import (
+    check_course,
     check_stage,
     restore_interpreter,
     restore_stage,
@@ -48,6 +49,7 @@ from stalewise.protocol.program import Program
 from stalewise.protocol.stragglers import NO_STRAGGLERS, Stragglers
 from stalewise.protocol.trace import Trace
 from stalewise.runtime.elastic_rank import ElasticRank
+from stalewise.runtime.elastic_snapshot import ElasticSnapshot, restore_elastic_links
 from stalewise.runtime.exchange import all_gather_json, all_gather_tensors, broadcast_json
 from stalewise.runtime.job import Job
 from stalewise.runtime.link import Receiver, Sender
@@ -141,7 +143,8 @@ class DistributedEngine(Engine):
             job.monitor.on_failure(end.wake)
         job.monitor.publish(self._status, self._patience)
         self._left: Generator[Tensor, None, None] | None = None
-        self._snapshot_under_way: LinkSnapshot | None = None
+        self._snapshot_under_way: LinkSnapshot | ElasticSnapshot | None = None
+        self._num_snapshots = 0
         job.closers.append(
             partial(_see_last_messages, weakref.WeakMethod(self._end_left_session), self._links.receivers)
         )
@@ -333,8 +336,19 @@ class DistributedEngine(Engine):
                 "stage": snapshot_stage(self.stage),
                 "interpreter": snapshot_interpreter(self._interpreter),
                 "probe": probe,
+                "course": None if self._elastic is None else self._elastic.course.snapshot(),
             },
         )
+        if self._elastic is not None:
+            self._num_snapshots += 1
+            self._snapshot_under_way = ElasticSnapshot(
+                self._links,
+                number=self._num_snapshots,
+                batch=self.num_batches,
+                in_session=self._running,
+                finished=add_messages,
+            )
+            return
         self._snapshot_under_way = LinkSnapshot(
             self.program,
             self._job.rank,
@@ -352,7 +366,10 @@ class DistributedEngine(Engine):
             self._snapshot_under_way = None
 
     def check(self, stages: Mapping[int, Mapping[str, Any]]) -> None:
-        check_stage(self.stage, stages[self.stage.index]["stage"])
+        snapshot = stages[self.stage.index]
+        check_stage(self.stage, snapshot["stage"])
+        if self._elastic is not None:
+            check_course(self._elastic.course, snapshot["course"])
 
     def _restore(self, cut: Cut, stages: Mapping[int, Mapping[str, Any]]) -> None:
         snapshot = stages[self.stage.index]
@@ -360,6 +377,10 @@ class DistributedEngine(Engine):
         restore_interpreter(self._interpreter, snapshot["interpreter"])
         if self._probe is not None and snapshot["probe"] is not None:
             self._probe.restore(snapshot["probe"])
+        if self._elastic is not None:
+            self._elastic.course.restore(snapshot["course"])
+            restore_elastic_links(self._links, snapshot["messages"])
+            return
         restore_links(
             self.program,
             self._job.rank,

@@ -27,6 +27,7 @@ class ElasticRank:
         self.course = course
         self._interpreter = interpreter
         self._links = links
+        interpreter.stage.keep_buffers_of_recomputes()
 
     def until_forward(self, batch: int, first_batch: int, another: Callable[[], bool]) -> bool:
         """Backward as long as the rule says so; blocks until the next batch is there, or the session ends.

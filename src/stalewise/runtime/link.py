@@ -208,14 +208,7 @@ class Receiver:
 
     def open(self) -> None:
         """Begin a session: receive until the peer's END."""
-        if self._thread is not None:
-            allowed_s = self._patience.message_s
-            for slice_s in self._patience.waits():
-                self._thread.join(slice_s)
-                if not self._thread.is_alive():
-                    break
-            else:
-                raise self._endpoint.late(f"{self._endpoint.name} did not end its session in {allowed_s:.4g} s.")
+        self._wait_for_end()
         self._thread = threading.Thread(target=self._run, name=f"receive {self._endpoint.what}", daemon=True)
         self._thread.start()
 
@@ -223,6 +216,13 @@ class Receiver:
         """Wait for the END of the session."""
         if self._thread is not None:
             self._thread.join(timeout_s)
+
+    def after_end(self) -> list[Frame]:
+        """Between sessions, all that came and was not taken yet; it stays."""
+        self._wait_for_end()
+        with self._queue.mutex:
+            waiting = [item[0] for item in self._queue.queue if not isinstance(item, BaseException)]
+        return [*self._heads, *waiting]
 
     def wake(self, error: WorkerError) -> None:
         """Make a waiting `get`, and every later one, raise."""
@@ -302,6 +302,16 @@ class Receiver:
         while (frame := self._take(batch)).kind is not kind:
             self._heads.append(frame)
         return frame
+
+    def _wait_for_end(self) -> None:
+        if self._thread is not None:
+            allowed_s = self._patience.message_s
+            for slice_s in self._patience.waits():
+                self._thread.join(slice_s)
+                if not self._thread.is_alive():
+                    break
+            else:
+                raise self._endpoint.late(f"{self._endpoint.name} did not end its session in {allowed_s:.4g} s.")
 
     def _take(self, batch: int) -> Frame:
         end = self._endpoint

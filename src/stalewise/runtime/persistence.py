@@ -7,7 +7,7 @@ resume   manifest ─┬─ same method, same cuts ─► every rank reads its s
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from stalewise.protocol.program import StageProgram
 from stalewise.runtime.elsewhere import Moved, move_in, move_out, saved_method, share
 from stalewise.runtime.exchange import broadcast_json
 from stalewise.runtime.job import Job
-from stalewise.runtime.resuming import ResumePoint, agreed, cut_of, locate, read_stages
+from stalewise.runtime.resuming import ResumePoint, agreed, cut_of, environment, locate, read_stages
 from stalewise.runtime.saving import RunDescription, Saver
 
 __all__ = ["Persistence"]
@@ -43,6 +43,7 @@ class Persistence:
         job: whose ranks are its stages, or None.
         device: of this process.
         assemble: (layers, cuts, stage, program) -> the stage, by the pipeline's recipes.
+        settings: options of the pipeline that change numbers; see `Manifest`.
         token: of the run, the same on all ranks and in no other run.
         patience_s: how long rank 0 waits for the other ranks' parts of a checkpoint.
     """
@@ -54,6 +55,7 @@ class Persistence:
         job: Job | None,
         device: torch.device,
         assemble: Callable[[Chain, Cuts, int, StageProgram], Stage],
+        settings: Mapping[str, Any],
         token: str,
         patience_s: float,
     ) -> None:
@@ -62,6 +64,7 @@ class Persistence:
         self._rank = 0 if job is None else job.rank
         self._device = device
         self._assemble = assemble
+        self._settings = dict(settings)
         self._token = token
         self._patience_s = patience_s
         self._saver: Saver | None = None
@@ -196,6 +199,7 @@ class Persistence:
             method=describe_method(method),
             method_text=repr(method),
             seed=engine.held_stages[0].seed,
+            settings=self._settings,
         )
         saver = Saver(engine, rank=self._rank, description=description, token=self._token, patience_s=self._patience_s)
         if self._job is not None:
@@ -209,7 +213,25 @@ class Persistence:
                 f"{path} is of another model: its layers are {', '.join(manifest.layers)}; this model's are "
                 f"{', '.join(self._chain.names)}. Build the pipeline from the same model."
             )
+        saved, own = manifest.settings["autocast"], self._settings["autocast"]
+        if saved != own:
+            raise CheckpointError(
+                f"{path} was saved with autocast={saved!r}, and this pipeline has autocast={own!r}: its batches in "
+                f"flight would be of both precisions. Resume with autocast={saved!r}, drain, and give its "
+                "state_dict() and optimizer_state_dict() to a pipeline of the other precision."
+            )
         return manifest
+
+    def _differences(self, manifest: Manifest) -> str:
+        """What is not as it was when the checkpoint was saved, and changes numbers from now on."""
+        clip, own_clip = manifest.settings["clip_grad_norm"], self._settings["clip_grad_norm"]
+        told = "" if clip == own_clip else f"; from here on clip_grad_norm is {own_clip} instead of {clip}"
+        now = environment()
+        for name, unit in (("torch", "torch"), ("threads", "threads a stage")):
+            if manifest.environment.get(name) != now[name]:
+                was = manifest.environment.get(name)
+                told += f"; it was saved with {unit} {was}, and this is {now[name]}: kernels may round differently"
+        return told
 
     def _resume_exactly(self, path: Path, manifest: Manifest, engine: Engine) -> ResumePoint:
         indices = [stage.index for stage in engine.held_stages]
@@ -230,9 +252,9 @@ class Persistence:
             path=path,
             batches=cut.num_batches,
             session_batches=cut.session_batches,
-            exact=True,
+            exact=manifest.settings == self._settings,
             losses=(),
-            did=f"resumed at batch {cut.num_batches} from {path}",
+            did=f"resumed at batch {cut.num_batches} from {path}{self._differences(manifest)}",
             extra=manifest.extra,
         )
 
@@ -269,7 +291,7 @@ class Persistence:
             did=(
                 f"resumed at batch {moved.num_batches} from {path}: {len(moved.losses)} losses of batches in flight "
                 f"came from {manifest.method_text} with cuts {tuple(manifest.cuts)}, which was drained; weights and "
-                f"optimizer state were moved by name to {method!r}"
+                f"optimizer state were moved by name to {method!r}{self._differences(manifest)}"
             ),
             extra=manifest.extra,
         )

@@ -17,7 +17,7 @@ from stalewise.errors import CheckpointError
 from stalewise.runtime.exchange import all_gather_json, broadcast_json
 from stalewise.runtime.job import Job
 
-__all__ = ["ResumePoint", "agreed", "cut_of", "locate", "read_stages"]
+__all__ = ["ResumePoint", "agreed", "cut_of", "environment", "locate", "read_stages"]
 
 Value = TypeVar("Value")
 
@@ -44,6 +44,11 @@ class ResumePoint:
     losses: tuple[float, ...]
     did: str
     extra: Any
+
+
+def environment() -> dict[str, Any]:
+    """What the rounding of a run may depend on; see `Manifest`."""
+    return {"torch": torch.__version__, "threads": torch.get_num_threads()}
 
 
 def locate(directory: Path, job: Job | None, *, missing_ok: bool) -> Path | None:

@@ -20,6 +20,7 @@ from stalewise.checkpoint.stage_file import StagePart
 from stalewise.checkpoint.writer import Attachment, CheckpointWriter, Job
 from stalewise.engine.engine import Engine
 from stalewise.engine.randomness import process_random_state
+from stalewise.runtime.resuming import environment
 
 __all__ = ["RunDescription", "Saver"]
 
@@ -34,6 +35,7 @@ class RunDescription:
     method: tuple[str, Mapping[str, Any]] | None
     method_text: str
     seed: int
+    settings: Mapping[str, Any]
 
 
 class Saver:
@@ -105,6 +107,8 @@ class Saver:
             method=None if self._description.method is None else list(self._description.method),
             method_text=self._description.method_text,
             seed=self._description.seed,
+            settings=dict(self._description.settings),
+            environment=environment(),
             cut=asdict(cut),
             data="none" if cut.session_batches is None else data,
             extra=extra,

@@ -62,6 +62,8 @@ class StageLinks:
         self._load = load
         self.on_received: Callable[[Kind, int, int | None, Any], None] | None = None
         """Told of every message of the program that the stage takes: kind, batch, micro-batch, message."""
+        self.on_mark: Callable[[int], None] | None = None
+        """Told of every MARK that the stage comes to, by its number."""
         self._patience = patience
         neighbours = (rank for rank in (job.rank - 1, job.rank + 1) if 0 <= rank < job.world_size)
         self._neighbours = {rank: str(job.members[rank]) for rank in neighbours}
@@ -147,7 +149,7 @@ class StageLinks:
 
     def receive_gradient(self, batch: int) -> Gradient:
         """From the rank below."""
-        gradient = frame_gradient(_in_flight(self.gradients_in, MessageKind.GRADIENT, batch))
+        gradient = frame_gradient(_in_flight(self.gradients_in, MessageKind.GRADIENT, batch, self.on_mark))
         return self._told(Kind.RECEIVE_GRADIENT, batch, gradient.micro_batch, gradient)
 
     def send_gradient(self, batch: int, gradient: Gradient) -> None:
@@ -207,6 +209,19 @@ class StageLinks:
         for sender in (self.gradients_out, self.tokens_out):
             if sender is not None:
                 sender.put(Frame(MessageKind.END, batch, []))
+
+    def mark(self, number: int) -> None:
+        """Tell the rank above that the gradients sent so far are those before this stage's cut."""
+        if self.gradients_out is not None:
+            self.gradients_out.put(Frame(MessageKind.MARK, number, []))
+
+    def gradients_here(self) -> list[Frame]:
+        """What came from the rank below and was not taken yet, after the END of the session has come.
+
+        Raises:
+            ReceiveTimeout: where that END does not come.
+        """
+        return [] if self.gradients_in is None else self.gradients_in.after_end()
 
     def next_activation(self, batch: int) -> Activation | None:
         """The activation of a batch; None where the session ends instead."""
@@ -300,11 +315,15 @@ def frame_activation(frame: Frame) -> Activation:
         ) from error
 
 
-def _in_flight(receiver: Receiver | None, kind: MessageKind, batch: int) -> Frame:
-    """The message of a batch; ENDs of earlier sessions lie between messages that stayed in flight."""
+def _in_flight(
+    receiver: Receiver | None, kind: MessageKind, batch: int, on_mark: Callable[[int], None] | None = None
+) -> Frame:
+    """The message of a batch; ENDs of earlier sessions, and MARKs, lie between messages that stayed in flight."""
     assert receiver is not None
-    while receiver.peek(batch).kind is MessageKind.END:
+    while (head := receiver.peek(batch)).kind in (MessageKind.END, MessageKind.MARK):
         receiver.skip()
+        if head.kind is MessageKind.MARK and on_mark is not None:
+            on_mark(head.batch)
     frame = receiver.get(batch)
     if frame.kind is not kind:
         raise TransportError(

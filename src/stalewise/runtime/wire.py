@@ -80,6 +80,7 @@ class MessageKind(enum.IntEnum):
     LOSS = 5
     TOKEN = 6
     PROBE = 7
+    MARK = 8
 
 
 @dataclass(frozen=True, slots=True)
