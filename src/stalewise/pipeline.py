@@ -182,7 +182,7 @@ class Pipeline:
             job=self._job,
             device=self._device,
             assemble=self._assemble,
-            settings={"autocast": autocast, "clip_grad_norm": clip_grad_norm},
+            settings={"autocast": autocast, "clip_grad_norm": clip_grad_norm, "compile": self._compile},
             token=token,
             patience_s=recv_timeout_s or FIRST_S,
         )

@@ -48,7 +48,8 @@ class Manifest:
         method: (name, options) by which it can be built; None for a method of the user's own.
         method_text: how the method prints.
         seed: of the random layers.
-        settings: other options of the pipeline that change numbers: "autocast", "clip_grad_norm".
+        settings: other options of the pipeline that change numbers: "autocast", "clip_grad_norm",
+            "compile".
         environment: what rounding may depend on: "torch" (its version), "threads".
         cut: where the run stood; fields of `engine.Cut`.
         data: "none" (between sessions), "state" (the iterable's own state is kept), "position" (only how many batches
@@ -117,7 +118,7 @@ class Manifest:
             if set(content) != names or not all(_FILE_NAME.fullmatch(name) for name in files):
                 raise ValueError("other entries than this release writes")
             manifest = cls(**{**content, "files": files})
-            if set(manifest.settings) != {"autocast", "clip_grad_norm"}:
+            if set(manifest.settings) != {"autocast", "clip_grad_norm", "compile"}:
                 raise ValueError(f"settings {manifest.settings}")
             if len(manifest.cuts) != manifest.num_stages - 1:
                 raise ValueError(f"cuts {manifest.cuts} for {manifest.num_stages} stages")

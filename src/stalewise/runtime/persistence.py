@@ -224,8 +224,10 @@ class Persistence:
 
     def _differences(self, manifest: Manifest) -> str:
         """What is not as it was when the checkpoint was saved, and changes numbers from now on."""
-        clip, own_clip = manifest.settings["clip_grad_norm"], self._settings["clip_grad_norm"]
-        told = "" if clip == own_clip else f"; from here on clip_grad_norm is {own_clip} instead of {clip}"
+        told = ""
+        for name, own in self._settings.items():
+            if (was := manifest.settings[name]) != own:
+                told += f"; from here on {name} is {own} instead of {was}"
         now = environment()
         for name, unit in (("torch", "torch"), ("threads", "threads a stage")):
             if manifest.environment.get(name) != now[name]:
