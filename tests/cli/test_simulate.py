@@ -95,6 +95,26 @@ def test_a_run_gives_its_method_costs_and_latencies(tmp_path: Path) -> None:
         simulate("--from", str(run), "--staleness", "1,0")
 
 
+def test_a_run_whose_plan_decided_what_stages_keep(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", epochs=2, jitter=0.0)
+    config, plan = (json.loads((run / name).read_text()) for name in ("config.json", "partition.json"))
+    config["options"] = {**config.get("options", {}), "activations": "auto"}
+    (run / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="does not say what its stages kept"):
+        simulate("--from", str(run))
+    plan["activations"] = ["recompute", "recompute", "stored"]
+    (run / "partition.json").write_text(json.dumps(plan))
+    assert "simulated: +0." in (text := simulate("--from", str(run)).stdout) or "simulated: -0." in text
+
+
+def test_steps_that_vary_cost_more_than_their_mean() -> None:
+    calm, varied = (answer("--staleness", "4,2,0", "--jitter", jitter, "--replicas", "4") for jitter in ("0", "0.4"))
+    assert calm["slow_down"] == pytest.approx(0.0, abs=1e-3)
+    assert isinstance(varied["slow_down"], float)
+    assert varied["slow_down"] > 0.05
+    assert varied == answer("--staleness", "4,2,0", "--jitter", "0.4", "--replicas", "4")
+
+
 def test_mistakes_are_named() -> None:
     with pytest.raises(ConfigError, match="--forward-ms 'x'"):
         simulate("--forward-ms", "x")

@@ -10,7 +10,7 @@ from stalewise.methods import BP, DSP, GPipe
 from stalewise.protocol.actions import COMPUTE, Kind
 from stalewise.protocol.stragglers import Straggler, Stragglers
 from stalewise.timing import StepCosts, simulate
-from stalewise.timing.draws import by_update, draw_rows
+from stalewise.timing.draws import by_update, draw_rows, jittered
 from stalewise.timing.outcome import half_interval
 from stalewise.timing.slow_steps import replica_of, slow_steps
 
@@ -106,8 +106,32 @@ def test_resampled_steps_have_the_mean_of_their_rows() -> None:
     assert outcome.step_interval_s is not None
 
 
+def test_steps_that_vary_have_the_mean_and_the_variation_that_were_asked_for() -> None:
+    program = DSP(staleness=(0,)).program()
+    costs = StepCosts.of_kinds(program, {Kind.FORWARD: 10**6, Kind.BACKWARD: 2 * 10**6})
+    (table,) = jittered(costs, 0.3, seed=1).tables
+    whole = table.sum(axis=1)
+    assert whole.mean() == pytest.approx(3 * 10**6, rel=1e-4)
+    assert whole.std() / whole.mean() == pytest.approx(0.3, rel=0.1)
+    forward, backward = (table[:, index] for index in np.flatnonzero(costs.tables[0][0]))
+    assert np.abs(backward - 2 * forward).max() <= 1, "all actions of a step take the same multiple"
+    np.testing.assert_array_equal(jittered(costs, 0.0, seed=1).mean().tables[0], costs.tables[0])
+
+
+def test_slack_absorbs_steps_that_vary() -> None:
+    def slow_down(*staleness: int) -> float:
+        program = DSP(staleness=staleness).program()
+        calm = StepCosts.of_kinds(program, {Kind.FORWARD: 1000, Kind.RECOMPUTE: 1000, Kind.BACKWARD: 2000})
+        return simulate(program, jittered(calm, 0.5, seed=0), num_batches=2000, replicas=4).slow_down
+
+    assert slow_down(2, 1, 0) > 2 * slow_down(6, 3, 0) > 0
+
+
 def test_what_cannot_be_drawn_is_refused() -> None:
     program = DSP(staleness=(1, 0)).program()
     rules = Stragglers((Straggler(stages=(2,), factor=2.0),))
     with pytest.raises(ConfigError, match="stage 2"):
         simulate(program, StepCosts.of_kinds(program, {}), num_batches=3, stragglers=rules)
+    for wrong in (-0.1, float("nan"), "x"):
+        with pytest.raises(ConfigError, match="jitter"):
+            jittered(StepCosts.of_kinds(program, {}), wrong, seed=0)  # type: ignore[arg-type]

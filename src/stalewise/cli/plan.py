@@ -16,6 +16,7 @@ from rich.text import Text
 from stalewise.experiments.config import TrainConfig, parse_numbers, parse_options
 from stalewise.experiments.link_options import parse_bandwidth, parse_seconds
 from stalewise.experiments.profiling import profile_run
+from stalewise.experiments.run_method import run_method
 from stalewise.experiments.run_plan import PlannedRun, plan_run
 from stalewise.experiments.run_speeds import read_run_speeds
 from stalewise.methods import DSP, METHOD_NAMES
@@ -98,8 +99,9 @@ def plan(
         cuts=None if partition == "profile" else parse_numbers(partition, "--partition"),
     )
     before = None
-    if speeds is not None:
-        before = plan_run(profile, config.build_method(), link=link, slowdowns=speeds.slowdowns, cuts=speeds.cuts)
+    if run is not None and speeds is not None:
+        went = run_method(run, config)
+        before = plan_run(profile, went, link=link, slowdowns=speeds.slowdowns, cuts=speeds.cuts)
     if json:
         described = planned.as_dict()
         if before is not None:

@@ -8,17 +8,17 @@ from typing import Annotated
 
 import typer
 
-from stalewise.errors import ConfigError
 from stalewise.experiments.config import parse_numbers, parse_options
 from stalewise.experiments.run_writer import prepare_run_folder
-from stalewise.experiments.simulation import MeasuredRun, costs_of, link_cost, read_run, write_simulation
+from stalewise.experiments.simulation import MeasuredRun, link_cost, read_run, write_simulation
 from stalewise.experiments.simulation_output import simulation_text
 from stalewise.experiments.straggler_options import STRAGGLER_HELP, parse_stragglers
+from stalewise.experiments.time_options import typed_costs
 from stalewise.methods import METHOD_NAMES, Method, build_method
-from stalewise.protocol.actions import Kind
 from stalewise.protocol.stragglers import Stragglers
-from stalewise.timing import Links, StepCosts
+from stalewise.timing import Links
 from stalewise.timing import simulate as simulate_program
+from stalewise.timing.draws import jittered
 
 __all__ = ["simulate"]
 
@@ -42,12 +42,16 @@ def simulate(
     resample: Annotated[
         bool, typer.Option(help="With --from: each step takes a measured one's costs, not the mean.")
     ] = False,
+    jitter: Annotated[
+        float,
+        typer.Option(help="Steps vary at random: standard deviation over mean, log-normal, 0.2 for example.", min=0),
+    ] = 0.0,
     latency_ms: Annotated[float | None, typer.Option(help="Of every message.")] = None,
     gbit_per_s: Annotated[float | None, typer.Option(help="Bandwidth of each direction of each link.")] = None,
     message_mib: Annotated[float, typer.Option(help="Size of a batch's activation, and of its gradient.")] = 0.0,
     straggler: Annotated[list[str] | None, typer.Option(help=STRAGGLER_HELP)] = None,
     replicas: Annotated[int, typer.Option(help="Independent draws, where something is random.", min=1)] = 1,
-    seed: Annotated[int, typer.Option(help="Of resampled steps.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="Of resampled and varying steps.", min=0)] = 0,
     out: Annotated[Path | None, typer.Option(help="Folder for timeline, trace and picture.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete an older simulation in the folder.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print a JSON object.")] = False,
@@ -60,9 +64,11 @@ def simulate(
     measured = None if run is None else read_run(run)
     built = _method(measured, method, stages, queue, staleness, option)
     if measured is None:
-        costs, links = _costs(built, forward_ms, recompute_ms, backward_ms, update_ms), None
+        costs, links = typed_costs(built, forward_ms, recompute_ms, backward_ms, update_ms), None
     else:
         costs, links = measured.costs_for(built, resample=resample), measured.measured.links
+    if jitter:
+        costs = jittered(costs, jitter, seed=seed)
     if latency_ms is not None or gbit_per_s is not None or message_mib:
         cost = link_cost(latency_ms=latency_ms or 0.0, gbit_per_s=gbit_per_s, message_mib=message_mib)
         links = Links.equal(built.num_stages, cost)
@@ -79,7 +85,13 @@ def simulate(
         record_actions=out is not None,
     )
     settings = {"method": str(built), "batches": batches, "from": None if run is None else str(run)}
-    settings |= {"straggler": straggler or [], "replicas": replicas, "seed": seed, "resample": resample}
+    settings |= {
+        "straggler": straggler or [],
+        "replicas": replicas,
+        "seed": seed,
+        "resample": resample,
+        "jitter": jitter,
+    }
     if out is not None:
         write_simulation(out, outcome, settings, run=measured)
     if json:
@@ -101,18 +113,3 @@ def _method(
         staleness=depths,
         **parse_options(option or []),
     )
-
-
-def _costs(method: Method, forward: str, recompute: Text, backward: Text, update: str) -> StepCosts:
-    forwards = _times(forward, "--forward-ms")
-    again = forwards if recompute is None else _times(recompute, "--recompute-ms")
-    backwards = [2 * time for time in forwards] if backward is None else _times(backward, "--backward-ms")
-    times = {Kind.FORWARD: forwards, Kind.RECOMPUTE: again, Kind.BACKWARD: backwards}
-    return costs_of(method, {**times, Kind.UPDATE: _times(update, "--update-ms")})
-
-
-def _times(text: str, option: str) -> list[float]:
-    try:
-        return [float(entry) for entry in text.split(",")]
-    except ValueError:
-        raise ConfigError(f"{option} {text!r} is not a time in ms, nor one per stage such as 10,12,9.") from None

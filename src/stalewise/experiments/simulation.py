@@ -16,6 +16,7 @@ from typing import Any
 
 from stalewise.errors import ConfigError
 from stalewise.experiments.config import TrainConfig
+from stalewise.experiments.run_method import run_method
 from stalewise.experiments.run_writer import write_json, write_timeline
 from stalewise.methods import Method
 from stalewise.protocol.actions import Kind
@@ -88,7 +89,7 @@ def read_run(path: Path) -> MeasuredRun:
     """
     config = TrainConfig.read(path / "config.json")
     timeline = Timeline.load(path)
-    method = config.build_method()
+    method = run_method(path, config)
     return MeasuredRun(
         method=method,
         measured=measure(method.program(), timeline.stages),

@@ -24,6 +24,7 @@ from stalewise.experiments.environment import describe_environment, typed_comman
 from stalewise.experiments.optimizers import optimizer_recipe, schedule_recipe
 from stalewise.experiments.replay import order_summary, read_orders, write_orders
 from stalewise.experiments.run_checkpoints import Progress, RunCheckpoints
+from stalewise.experiments.run_method import kept_activations
 from stalewise.experiments.run_model import build_run_model
 from stalewise.experiments.run_plan import predict_step
 from stalewise.experiments.run_writer import RunWriter, write_json, write_timeline
@@ -304,7 +305,11 @@ class _Recorder:
         fixed = isinstance(self._config.partition, tuple)
         write_json(
             self._writer.path / "partition.json",
-            {"method": "fixed" if fixed else "profile", **partition.as_dict()},
+            {
+                "method": "fixed" if fixed else "profile",
+                "activations": kept_activations(self._pipeline.method),
+                **partition.as_dict(),
+            },
         )
         self._display.partition(partition)
 

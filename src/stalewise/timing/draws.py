@@ -7,9 +7,15 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from stalewise.errors import ConfigError
+from stalewise.protocol.numbers import check_real
 from stalewise.protocol.program import Program
+from stalewise.timing.costs import LARGEST_NS, StepCosts
 
-__all__ = ["Rows", "by_update", "draw_rows"]
+__all__ = ["Rows", "by_update", "draw_rows", "jittered"]
+
+JITTER_ROWS = 4096
+"""Different steps of a stage whose times vary."""
 
 Rows: TypeAlias = NDArray[np.int32]
 
@@ -45,3 +51,30 @@ def draw_rows(num_stages: int, num_steps: int, num_rows: int, *, replicas: int, 
             for stage in range(num_stages)
         ]
     )
+
+
+def jittered(costs: StepCosts, variation: float, *, seed: int) -> StepCosts:
+    """Costs that vary from step to step: each step takes a log-normal multiple of its time, all of its actions alike.
+
+    Args:
+        costs: the means; where a table has several rows, each of them varies.
+        variation: standard deviation of a multiple over its mean, which is 1.
+        seed: of the multiples; a stage's do not depend on the number of stages.
+
+    Returns:
+        Tables of `JITTER_ROWS` rows, for draws as in `draw_rows`; their mean is that of `costs`.
+
+    Raises:
+        ConfigError: where the variation is negative or not a number.
+    """
+    check_real("jitter", variation)
+    if variation < 0:
+        raise ConfigError(f"jitter is {variation}; it is a standard deviation over a mean, at least 0.")
+    sigma = np.sqrt(np.log1p(variation**2))
+    tables = []
+    for stage, table in enumerate(costs.tables):
+        # Not the generator of the draws: a row must not depend on who draws it.
+        multiples = np.random.default_rng((seed, stage, 1)).lognormal(sigma=sigma, size=(JITTER_ROWS, 1))
+        many = table[np.arange(JITTER_ROWS) % len(table)] * (multiples / multiples.mean())
+        tables.append(np.clip(np.rint(many), 0, LARGEST_NS).astype(np.int64))
+    return StepCosts(tuple(tables))
