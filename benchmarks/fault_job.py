@@ -22,16 +22,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import SGD
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 import stalewise
 from stalewise import methods
 from stalewise.checkpoint import folder as checkpoint_folder
 from stalewise.checkpoint import stage_file
 from stalewise.engine.interpreter import Interpreter
+from stalewise.engine.stage import Stage
 from stalewise.methods import Method
 from stalewise.protocol.actions import Action
 from stalewise.runtime import meeting
+from stalewise.runtime.job import restart_count
 
 FEATURES = 8
 SAMPLES = 4
@@ -64,7 +66,7 @@ class Fault:
         self.folder = Path(folder)
         self.spec = spec
         self.rank = int(os.environ["RANK"])
-        self.is_here = self.rank == spec["stage"]
+        self.is_here = self.rank == spec["stage"] and restart_count() == 0
         self._passes: dict[str, int] = {}
 
     def reached(self, place: str, per_batch: int = 1) -> None:
@@ -79,7 +81,10 @@ class Fault:
         match self.spec["kind"]:
             case "exception":
                 raise Boom(f"on rank {self.rank}")
-            case "SIGKILL" | "kill while saving" | "kill while renaming" | "kill after renaming":
+            case "link down" | "link down and back":
+                while not (self.folder / "go on").exists():  # the link fails meanwhile
+                    time.sleep(0.005)
+            case "SIGKILL" | "restart" | "kill while saving" | "kill while renaming" | "kill after renaming":
                 os.kill(os.getpid(), signal.SIGKILL)
             case "SIGTERM":
                 os.kill(os.getpid(), signal.SIGTERM)
@@ -111,6 +116,18 @@ class Fault:
             execute(interpreter, action, first_batch)
 
         Interpreter.execute = counted  # type: ignore[method-assign]
+
+    def note_recovery(self) -> None:
+        """In a later life: the time of the first update."""
+        update, fault = Stage.update, self
+
+        def noted(stage: Stage) -> None:
+            update(stage)
+            path = fault.folder / f"recovered.{fault.rank}"
+            if not path.exists():
+                path.write_text(repr(time.monotonic()))
+
+        Stage.update = noted  # type: ignore[method-assign]
 
     def sit_in_the_writer(self) -> None:
         """Let it happen while a checkpoint is written that is not the first."""
@@ -182,7 +199,7 @@ class Samples(Dataset[tuple[Tensor, int]]):
         self._fault = fault
 
     def __len__(self) -> int:
-        return BATCHES * SAMPLES
+        return number_of_batches(self._fault) * SAMPLES
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         (self._fault.folder / f"process.{os.getpid()}").touch()
@@ -192,9 +209,16 @@ class Samples(Dataset[tuple[Tensor, int]]):
         return torch.full((FEATURES,), index % 7 / 7.0), index % FEATURES
 
 
-def batches(fault: Fault) -> Iterator[tuple[Tensor, Tensor]]:
-    """Through processes of a data loader."""
-    loader = DataLoader(Samples(fault), batch_size=SAMPLES, num_workers=1, multiprocessing_context="fork")
+def number_of_batches(fault: Fault) -> int:
+    """Of a run."""
+    count: int = fault.spec.get("batches", BATCHES)
+    return count
+
+
+def batches(fault: Fault, skip: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    """Through processes of a data loader, from a batch on."""
+    samples = Subset(Samples(fault), range(skip * SAMPLES, number_of_batches(fault) * SAMPLES))
+    loader = DataLoader(samples, batch_size=SAMPLES, num_workers=1, multiprocessing_context="fork")
     for batch in loader:
         fault.reached("data")
         yield batch
@@ -214,12 +238,20 @@ def main(folder: str, text: str) -> None:
     while len(list(fault.folder.glob("rank.*"))) < spec["stages"]:  # no fault before all are there
         time.sleep(0.01)
     pipeline = build(fault)
-    read = batches(fault) if fault.rank == 0 else None
-    for count, _ in enumerate(pipeline.train(read)):
+    first, done = 0, 0
+    if spec.get("restarts"):
+        if restart_count():
+            fault.note_recovery()
+        point = pipeline.resume(fault.folder / "checkpoints", positioned=True, missing_ok=True)
+        if point is not None:
+            first = number_of_batches(fault) if point.session_batches is None else point.session_batches
+            done = point.extra
+    read = batches(fault, first) if fault.rank == 0 else None
+    for count, _ in enumerate(pipeline.train(read), done):
         if spec.get("saves") and count % 5 == 4:
             if spec["kind"] == "full disk":
                 fault.mark()
-            pipeline.save(fault.folder / "checkpoints")
+            pipeline.save(fault.folder / "checkpoints", extra=count + 1)
     pipeline.evaluate([(torch.ones(2, FEATURES), torch.tensor([0, 1]))], lambda output, target: 0.0)
     state = pipeline.state_dict()
     if fault.rank == 0:
@@ -280,4 +312,5 @@ def _wait_for_ever() -> NoReturn:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what runs in the background
-    stalewise.launch(main, num_workers=json.loads(sys.argv[2])["stages"], args=sys.argv[1:3])
+    asked = json.loads(sys.argv[2])
+    stalewise.launch(main, num_workers=asked["stages"], args=sys.argv[1:3], max_restarts=asked.get("restarts", 0))

@@ -9,7 +9,7 @@ from torch.distributed import TCPStore
 
 from stalewise.errors import PeerLost, ReceiveTimeout, WorkerError
 from stalewise.runtime import failure
-from stalewise.runtime.failure import connect_to_store, describe_failure, failure_key, record_failure
+from stalewise.runtime.failure import connect_to_store, describe_failure, failure_key, read_record, record_failure
 
 
 def boom() -> ValueError:
@@ -63,3 +63,33 @@ class TestRecord:
     def test_a_store_that_is_not_there(self, monkeypatch: pytest.MonkeyPatch, store: TCPStore) -> None:
         monkeypatch.setenv("MASTER_PORT", "not a port")
         assert connect_to_store() is None
+
+
+class TestReading:
+    def test_a_record_comes_back(self, store: TCPStore) -> None:
+        record_failure(boom(), rank=1, who="stage 1", batch=7, store=connect_to_store())
+        record = read_record(store.get(failure_key()))
+        assert (record["rank"], record["who"], record["batch"], record["type"]) == (1, "stage 1", 7, "ValueError")
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            b"",
+            b"\xff\xfe",
+            b"nonsense",
+            b"[]",
+            b"null",
+            b"7",
+            b"{}",
+            b'{"rank": "1"}',
+            b'{"rank": 1, "who": 3, "type": "", "message": "", "traceback": ""}',
+            b"[" * 100_000,
+        ],
+    )
+    def test_what_no_rank_wrote_is_a_failure_that_says_so(self, text: bytes) -> None:
+        record = read_record(text)
+        assert (record["rank"], record["who"], record["type"]) == (-1, "the store of the job", "Unreadable")
+        assert record["message"] == record["traceback"]
+        assert record["message"].endswith(" where ranks leave why they fail. Let nothing else use MASTER_PORT.")
+        assert len(record["message"]) < 400
+        assert describe_failure(record).startswith("the store of the job failed:\nit holds ")

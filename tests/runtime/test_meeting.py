@@ -13,7 +13,7 @@ from torch.distributed import TCPStore
 from stalewise.errors import ConfigError, ReceiveTimeout, WorkerError
 from stalewise.runtime import meeting
 from stalewise.runtime.failure import connect_to_store, record_failure, start_key
-from stalewise.runtime.meeting import Member, meet
+from stalewise.runtime.meeting import Member, is_member, meet
 
 WAIT_S = 20.0
 SHORT_S = 0.2
@@ -112,3 +112,40 @@ def test_a_port_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("MASTER_PORT", str(taken.getsockname()[1]))
         with pytest.raises(ConfigError, match=r"rank 0 cannot host the store of the job at 127\.0\.0\.1:\d+: "):
             meet(SHORT_S)
+
+
+def test_another_process_of_the_same_rank_is_refused_and_the_first_one_stays(store: TCPStore) -> None:
+    start(store, 0)
+    start(store, 1)
+    start(store, 2)
+    before = store.get(start_key(0))
+    with pytest.raises(
+        ConfigError, match=r"stage 0 \(rank 0, .*\) finds stage 0 \(rank 0, host b, pid 7\) in its place, .*two ports"
+    ):
+        meet(WAIT_S)
+    assert store.get(start_key(0)) == before
+    assert not is_member(store, 0)
+
+
+def test_who_meets_again_is_no_other(store: TCPStore) -> None:
+    start(store, 1)
+    start(store, 2)
+    assert is_member(store, 0)
+    assert meet(WAIT_S)[1] == meet(WAIT_S)[1]
+    assert is_member(store, 0)
+
+
+def test_a_rank_of_a_larger_job_is_told_at_once(store: TCPStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    start(store, 0)
+    monkeypatch.setenv("RANK", "5")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    with pytest.raises(ConfigError, match=r"stage 5 .* runs with world_size 8, stage 0 .* with 3"):
+        meet(WAIT_S)
+
+
+@pytest.mark.parametrize("text", ["", "garbage", "[]", "{}", '{"member": 3}', '{"member": {"rank": 1}, "more": 2}'])
+def test_a_start_that_no_rank_wrote(text: str, store: TCPStore) -> None:
+    start(store, 2)
+    store.set(start_key(1), text)
+    with pytest.raises(ConfigError, match=r"the store of the job holds .* as stalewise/0/start/1, which no rank of"):
+        meet(WAIT_S)

@@ -14,7 +14,7 @@ from torch.distributed import TCPStore
 from stalewise.errors import ConfigError, PeerLost, ReceiveTimeout, WorkerError
 from stalewise.runtime import failure, patience
 from stalewise.runtime import monitor as monitor_module
-from stalewise.runtime.failure import failure_header, failure_key
+from stalewise.runtime.failure import failure_header, failure_key, rank_key
 from stalewise.runtime.monitor import Monitor
 from stalewise.runtime.patience import Patience
 
@@ -50,7 +50,10 @@ class TestMonitor:
         monitors[1].report(boom(), batch=5, action="backward")
         for rank in (0, 2):
             cause = woken[rank].get(timeout=WAIT_S)
-            assert str(cause) == f"stage {rank} stops because stage 1 failed: ValueError: no such luck"
+            expected = f"stage {rank} stops because stage 1 failed, batch 5, backward: ValueError: no such luck"
+            assert str(cause) == expected
+                str(cause) == f"stage {rank} stops because stage 1 failed, batch 5, backward: ValueError: no such luck"
+            )
             assert monitors[rank].cause() is cause
             assert monitors[rank].wait_for_cause() is cause
         for monitor in monitors:
@@ -91,7 +94,9 @@ class TestMonitor:
         assert failure_header(first) == "stage 1 failed, batch 6, receive gradient:"
         assert monitors[1].cause() is None
         assert failure_header(second) is None
-        assert str(monitors[0].cause()) == ("stage 0 stops because stage 1 failed: ReceiveTimeout: got no gradient")
+        assert str(monitors[0].cause()) == (
+            "stage 0 stops because stage 1 failed, batch 6, receive gradient: ReceiveTimeout: got no gradient"
+        )
         assert exits.empty()
 
     def test_a_store_that_does_not_answer(
@@ -168,7 +173,9 @@ class TestSilence:
         watching.on_failure(woken.put)
         watching.publish(doing("receive gradient", 7), Patience(0.1))
         cause = woken.get(timeout=WAIT_S)
-        assert str(cause).startswith("stage 0 stops because stage 1 failed: ReceiveTimeout: stage 1 has shown no sign")
+        assert str(cause).startswith(
+            "stage 0 stops because stage 1 failed, batch 8, forward: ReceiveTimeout: stage 1 has shown no sign"
+        )
         record = json.loads(store.get(failure_key()))
         assert (record["rank"], record["who"], record["batch"], record["action"]) == (1, "stage 1", 8, "forward")
         watching.stop()
@@ -184,6 +191,41 @@ class TestSilence:
         assert all(monitor.cause() is None for monitor in monitors)
         for monitor in monitors:
             monitor.stop()
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "",
+            "nonsense",
+            "[1]",
+            '{"beat": "x", "status": {}}',
+            '{"beat": 7, "status": 3}',
+            '{"beat": 7, "status": {"doing": [1]}}',
+            '{"beat": 7, "status": {"doing": 4}}',
+        ],
+    )
+    def test_what_no_monitor_wrote_is_passed_over(self, text: str, store: TCPStore, exits: queue.Queue[int]) -> None:
+        """The watching one keeps its thread, and sees the next sign that is one."""
+        store.set(rank_key(1), text)
+        watching = Monitor(0, NAMES[:2])
+        while watching._looked_s < 0:
+            pass
+        assert watching._sights[1].beat == -1
+        store.set(rank_key(1), json.dumps({"beat": 9, "status": {"doing": ["forward", 3]}}))
+        while watching._sights[1].beat != 9:
+            pass
+        assert watching._sights[1].batch == 3
+        watching.stop()
+
+    def test_a_failure_that_no_rank_wrote_ends_the_job_clearly(self, store: TCPStore, exits: queue.Queue[int]) -> None:
+        monitor = Monitor(0, NAMES[:2])
+        woken: queue.Queue[WorkerError] = queue.Queue()
+        monitor.on_failure(woken.put)
+        store.set(failure_key(), "garbage")
+        assert str(woken.get(timeout=WAIT_S)).startswith(
+            "stage 0 stops because the store of the job failed: it holds b'garbage' where ranks leave why they fail."
+        )
+        monitor.stop()
 
     @pytest.mark.parametrize(
         ("statuses", "asked", "expected"),

@@ -5,14 +5,16 @@ from __future__ import annotations
 import atexit
 import importlib
 import json
+import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType, ModuleType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 from stalewise.errors import WorkerError
 from stalewise.runtime.job import leave_job, report_failure
@@ -63,6 +65,7 @@ def _end_with_parent() -> None:
     """The parent holds the other end of stdin; its end is ours, and that of all that this worker started."""
     while os.read(0, 1024):
         pass
+    shutil.rmtree(cast(Any, multiprocessing.current_process())._config.get("tempdir", ""), ignore_errors=True)
     if os.getpgrp() == os.getpid():
         os.killpg(0, signal.SIGKILL)
     os._exit(1)
@@ -79,6 +82,8 @@ def import_and_run() -> NoReturn:
     runs `main` and does not return.
     """
     settings = json.loads(os.environ[CHILD_VARIABLE])
+    # Where multiprocessing puts sockets, such as a data loader's: a process that is killed removes none of them.
+    cast(Any, multiprocessing.current_process())._config["tempdir"] = settings["temporary"]
     sys.path[:], sys.argv = settings["path"], settings["argv"]
     try:
         main = getattr(_module(settings), settings["name"])

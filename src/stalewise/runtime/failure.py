@@ -28,7 +28,9 @@ __all__ = [
     "describe_failure",
     "failure_header",
     "failure_key",
+    "name_failure",
     "rank_key",
+    "read_record",
     "record_failure",
     "start_key",
 ]
@@ -70,11 +72,28 @@ def describe_doing(status: Mapping[str, Any]) -> str:
     return f"in {action}" if batch is None else f"in {action} of batch {batch}"
 
 
-def describe_failure(record: dict[str, Any]) -> str:
-    """The record as text: who, where, and the original traceback."""
+def name_failure(record: Mapping[str, Any]) -> str:
+    """Who failed, and where."""
     at = f", batch {record['batch']}" if record.get("batch") is not None else ""
     doing = f", {record['action']}" if record.get("action") else ""
-    return f"{record['who']} failed{at}{doing}:\n{record['traceback'].rstrip()}"
+    return f"{record['who']} failed{at}{doing}"
+
+
+def describe_failure(record: Mapping[str, Any]) -> str:
+    """The record as text: who, where, and the original traceback."""
+    return f"{name_failure(record)}:\n{record['traceback'].rstrip()}"
+
+
+def read_record(text: bytes | str) -> dict[str, Any]:
+    """A record from the store; where no rank wrote it, one that says so."""
+    try:
+        record: dict[str, Any] = json.loads(text)
+        if isinstance(record["rank"], int) and all(isinstance(record[key], str) for key in _TEXTS):
+            return record
+    except (ValueError, TypeError, KeyError, RecursionError):
+        pass
+    found = f"it holds {text[:60]!r} where ranks leave why they fail. Let nothing else use MASTER_PORT."
+    return {"rank": -1, "who": "the store of the job", "type": "Unreadable", "message": found, "traceback": found}
 
 
 def record_failure(
@@ -107,7 +126,7 @@ def record_failure(
     }
     text = json.dumps(record)
     first = text if store is None else _first_record(store, text)
-    earlier: dict[str, Any] = json.loads(first)
+    earlier = read_record(first)
     if earlier["rank"] != rank:
         return earlier
     setattr(error, _HEADER, describe_failure({**record, "traceback": ""}).rstrip())
@@ -135,6 +154,7 @@ def _first_record(store: TCPStore, own: str) -> str:
     return own
 
 
+_TEXTS = ("who", "type", "message", "traceback")
 _HEADER = "__stalewise_header__"
 
 

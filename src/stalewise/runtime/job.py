@@ -7,6 +7,7 @@ LOCAL_RANK, MASTER_ADDR, MASTER_PORT). A group that the user initialised is used
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import sys
 import threading
@@ -21,11 +22,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
-from stalewise.errors import WorkerError
+from stalewise.errors import ConfigError, WorkerError
 from stalewise.runtime.allocator import keep_freed_memory
 from stalewise.runtime.exchange import all_gather_json
 from stalewise.runtime.failure import connect_to_store, failure_header, record_failure
-from stalewise.runtime.meeting import Member, meet
+from stalewise.runtime.meeting import Member, is_member, meet
 from stalewise.runtime.monitor import Monitor
 from stalewise.runtime.patience import FIRST_S
 
@@ -124,7 +125,12 @@ def report_failure(error: BaseException) -> None:
         _job.monitor.report(error, batch=None, action=None)
     else:
         rank = environment_number("RANK") or 0
-        record_failure(error, rank=rank, who=str(Member.own(rank)), store=connect_to_store())
+        store = connect_to_store()
+        # Who came to a job that it is no part of ends alone.
+        with contextlib.suppress(RuntimeError, ConfigError):
+            if store is not None and not is_member(store, rank):
+                store = None
+        record_failure(error, rank=rank, who=str(Member.own(rank)), store=store)
 
 
 def _leave_at_exit() -> None:

@@ -18,20 +18,21 @@ import importlib
 import inspect
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
-
 from stalewise.errors import CheckpointError, ConfigError, DataError, PlanError, ProgramError, WorkerError
 from stalewise.runtime.allocator import allocator_environment
 from stalewise.runtime.child import CHILD_VARIABLE, run_child
-from stalewise.runtime.failure import describe_doing, describe_failure, failure_key, rank_key
+from stalewise.runtime.failure import describe_doing, describe_failure, failure_key, rank_key, read_record
+from stalewise.runtime.store import host_store
 
 __all__ = ["launch"]
 
@@ -166,7 +167,8 @@ class _Workers:
 
     def __init__(self, settings: dict[str, Any], num_workers: int, *, restart: int) -> None:
         self._restart = restart
-        self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
+        self._temporary = tempfile.mkdtemp(prefix="stalewise-")
+        self._store = host_store("127.0.0.1", 0, timedelta(seconds=60))
         threads = max(1, (os.cpu_count() or 1) // num_workers)
         environment = {
             "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
@@ -174,7 +176,7 @@ class _Workers:
             "OMP_NUM_THREADS": str(threads),
             "TORCH_CPP_LOG_LEVEL": "ERROR",  # torch warns of every closed connection; the first cause says it all
             **os.environ,
-            CHILD_VARIABLE: json.dumps(settings),
+            CHILD_VARIABLE: json.dumps({**settings, "temporary": self._temporary}),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(self._store.port),
             "TORCHELASTIC_USE_AGENT_STORE": "True",
@@ -233,7 +235,7 @@ class _Workers:
             "message": ended,
             "traceback": ended,
         }
-        stored = json.loads(self._store.compare_set(failure_key(self._restart), "", json.dumps(record)))
+        stored = read_record(self._store.compare_set(failure_key(self._restart), "", json.dumps(record)))
         if stored["type"] == "Exited":
             return WorkerError(f"{ended} Look at its output above.", cause_type="Exited", cause=ended)
         if name and stored["type"] in ("Killed", "PeerLost"):
@@ -246,7 +248,9 @@ class _Workers:
         key = rank_key(rank, self._restart)
         if not self._store.check([key]):
             return ""
-        doing = describe_doing(json.loads(self._store.get(key))["status"])
+        doing = ""
+        with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
+            doing = describe_doing(json.loads(self._store.get(key))["status"])
         return f" Shortly before, it was {doing}." if doing else ""
 
     def _end(self) -> None:
@@ -263,6 +267,7 @@ class _Workers:
             process.wait()
             if process.stdin is not None:
                 process.stdin.close()
+        shutil.rmtree(self._temporary, ignore_errors=True)
 
 
 def _signal_of(code: int | None) -> str:

@@ -8,11 +8,13 @@ Connecting before that would wait in torch, which can neither say for whom nor b
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import platform
 import socket
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 
@@ -21,11 +23,15 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from stalewise._version import __version__
 from stalewise.errors import ConfigError, ReceiveTimeout, WorkerError
-from stalewise.runtime.failure import failure_key, rank_key, start_key
+from stalewise.runtime.failure import failure_key, name_failure, rank_key, read_record, start_key
+from stalewise.runtime.store import host_store
 
-__all__ = ["Member", "meet"]
+__all__ = ["Member", "is_member", "meet"]
 
 POLL_S = 0.05
+LOOK_S = 1.0
+"""Between two looks at those who are there while others are not."""
+
 STORE_TIMEOUT = timedelta(minutes=5)
 """Of what is asked of a store that is there."""
 
@@ -47,6 +53,29 @@ class Member:
         return f"stage {self.rank} (rank {self.rank}, host {self.host}, pid {self.pid})"
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Start:
+    """What a rank leaves in the store when it starts."""
+
+    member: Member
+    releases: str
+    world_size: int
+
+    def text(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def read(cls, text: bytes | str, key: str) -> _Start:
+        try:
+            fields = json.loads(text)
+            return cls(**{**fields, "member": Member(**fields["member"])})
+        except (ValueError, TypeError, KeyError, RecursionError):
+            raise ConfigError(
+                f"the store of the job holds {text[:60]!r} as {key}, which no rank of stalewise {__version__} wrote. "
+                "Start the same release on all hosts, and let nothing else use MASTER_PORT."
+            ) from None
+
+
 def meet(start_timeout_s: float) -> tuple[TCPStore, tuple[Member, ...]]:
     """Wait for all ranks of the job that the environment describes.
 
@@ -57,7 +86,7 @@ def meet(start_timeout_s: float) -> tuple[TCPStore, tuple[Member, ...]]:
         The job's store, and all members in order.
 
     Raises:
-        ConfigError: where the environment describes no job, or ranks run other releases.
+        ConfigError: where the environment describes no job, ranks run other releases, or another process is this rank.
         ReceiveTimeout: naming those who are not there in time.
         WorkerError: where another rank failed meanwhile.
     """
@@ -65,30 +94,55 @@ def meet(start_timeout_s: float) -> tuple[TCPStore, tuple[Member, ...]]:
     if not 0 <= rank < world_size:
         raise ConfigError(f"RANK is {rank} and WORLD_SIZE {world_size}; ranks are 0 .. WORLD_SIZE - 1.")
     store = _store(rank, start_timeout_s)
-    own = {"member": asdict(Member.own(rank)), "releases": _releases(), "world_size": world_size}
-    store.set(rank_key(rank), json.dumps({"beat": -1, "status": {}}))
-    store.set(start_key(rank), json.dumps(own))
+    own = _Start(member=Member.own(rank), releases=_releases(), world_size=world_size)
+    _enter(store, own)
     keys = [start_key(other) for other in range(world_size)]
     deadline = time.monotonic() + start_timeout_s
-    while not store.check(keys):
+    for attempt in itertools.count():
+        complete = store.check(keys)
+        if complete or attempt % round(LOOK_S / POLL_S) == 0:
+            present = keys if complete else [key for key in keys if store.check([key])]
+            starts = [_Start.read(store.get(key), key) for key in present]
+            _compare(starts, own)
+        if complete:
+            return store, tuple(start.member for start in starts)
         if store.check([failure_key()]):
-            record = json.loads(store.get(failure_key()))
-            raise WorkerError(f"{Member.own(rank)} stops because {record['who']} failed: {record['message']}")
+            record = read_record(store.get(failure_key()))
+            raise WorkerError(f"{own.member} stops because {name_failure(record)}: {record['message']}")
         if time.monotonic() > deadline:
             missing = [other for other, key in enumerate(keys) if not store.check([key])]
             if missing:
                 raise _late(missing, world_size, start_timeout_s)
         time.sleep(POLL_S)
-    everyone = [json.loads(text) for text in store.multi_get(keys)]
-    for other in everyone:
+    raise AssertionError("the loop ends by itself")
+
+
+def is_member(store: TCPStore, rank: int) -> bool:
+    """Whether this process is that rank of the job, or may still become it."""
+    key = start_key(rank)
+    return not store.check([key]) or _Start.read(store.get(key), key).member == Member.own(rank)
+
+
+def _enter(store: TCPStore, own: _Start) -> None:
+    """Leave one's name, unless somebody else has left it under the same rank."""
+    rank = own.member.rank
+    first = _Start.read(store.compare_set(start_key(rank), "", own.text()), start_key(rank)).member
+    if first != own.member:
+        raise ConfigError(
+            f"{own.member} finds {first} in its place, in the store of the job at {os.environ.get('MASTER_ADDR')}:"
+            f"{os.environ.get('MASTER_PORT')}. Every rank starts once; two jobs need two ports (MASTER_PORT)."
+        )
+    store.set(rank_key(rank), json.dumps({"beat": -1, "status": {}}))
+
+
+def _compare(starts: Sequence[_Start], own: _Start) -> None:
+    for other in starts:
         for field in ("releases", "world_size"):
-            if other[field] != everyone[0][field]:
-                who, first = Member(**other["member"]), Member(**everyone[0]["member"])
+            if getattr(other, field) != getattr(starts[0], field):
                 raise ConfigError(
-                    f"{who} runs with {field} {other[field]}, {first} with {everyone[0][field]}. Install and start the "
-                    "same on all hosts."
+                    f"{other.member} runs with {field} {getattr(other, field)}, {starts[0].member} with "
+                    f"{getattr(starts[0], field)}. Install and start the same on all hosts."
                 )
-    return store, tuple(Member(**other["member"]) for other in everyone)
 
 
 def _late(missing: list[int], world_size: int, start_timeout_s: float) -> ReceiveTimeout:
@@ -113,15 +167,12 @@ def _store(rank: int, start_timeout_s: float) -> TCPStore:
     """The launcher's or torchrun's; where there is none, rank 0 hosts one."""
     host, port = os.environ.get("MASTER_ADDR", ""), _number("MASTER_PORT")
     hosts = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    timeout = timedelta(seconds=start_timeout_s)
     try:
-        store = TCPStore(
-            host,
-            port,
-            is_master=hosts,
-            wait_for_workers=False,
-            timeout=timedelta(seconds=start_timeout_s),
-            multi_tenant=True,
-        )
+        if hosts:
+            store = host_store(host, port, timeout, multi_tenant=True)
+        else:
+            store = TCPStore(host, port, is_master=False, timeout=timeout)
     except (RuntimeError, ValueError) as error:
         where = f"{host}:{port}"
         reason = str(error).splitlines()[0]

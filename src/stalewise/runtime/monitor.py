@@ -19,11 +19,20 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from stalewise.errors import PeerLost, ReceiveTimeout, WorkerError
-from stalewise.runtime.failure import connect_to_store, describe_doing, failure_key, rank_key, record_failure
+from stalewise.runtime.failure import (
+    connect_to_store,
+    describe_doing,
+    failure_key,
+    name_failure,
+    rank_key,
+    read_record,
+    record_failure,
+)
 from stalewise.runtime.patience import Patience
 
 __all__ = ["Monitor"]
@@ -175,7 +184,7 @@ class Monitor:
             before = now
             try:
                 if self._store.check([failure_key()]):
-                    record = json.loads(self._store.get(failure_key()))
+                    record = read_record(self._store.get(failure_key()))
                     if record["rank"] != self._rank:
                         self._end(record)
                     return
@@ -200,10 +209,10 @@ class Monitor:
         if not self._store.check(keys):
             return
         for rank, text in enumerate(self._store.multi_get(keys)):
-            sign, sight = json.loads(text), self._sights[rank]
+            (beat, status), sight = _read_sign(text), self._sights[rank]
             before = sight.doing
-            if sign["beat"] != sight.beat:
-                sight.beat, sight.status, sight.seen_s = sign["beat"], sign["status"], self._running_s
+            if beat is not None and beat != sight.beat:
+                sight.beat, sight.status, sight.seen_s = beat, status, self._running_s
             if sight.doing != before:
                 sight.since_s = self._running_s
             if rank != self._rank and self._silent_s(sight) > self._patience.silence_s:
@@ -227,7 +236,8 @@ class Monitor:
             action=sight.action,
             store=self._store,
         )
-        self._end(first or {"who": sight.who, "traceback": f"ReceiveTimeout: {text}"})
+        own = {"who": sight.who, "batch": sight.batch, "action": sight.action}
+        self._end(first or {**own, "traceback": f"ReceiveTimeout: {text}"})
 
     def _end(self, record: dict[str, Any]) -> None:
         """Stop this worker because of another: ask first, insist after `GRACE_S`."""
@@ -241,4 +251,14 @@ class Monitor:
 
     def _because_of(self, record: dict[str, Any]) -> WorkerError:
         first_line = record["traceback"].strip().splitlines()[-1]
-        return WorkerError(f"{self._who} stops because {record['who']} failed: {first_line}")
+        return WorkerError(f"{self._who} stops because {name_failure(record)}: {first_line}")
+
+
+def _read_sign(text: bytes) -> tuple[int | None, dict[str, Any]]:
+    """Beat and status; None for what no monitor wrote, which the rank's next sign replaces."""
+    with suppress(ValueError, TypeError, KeyError, RecursionError):
+        sign = json.loads(text)
+        doing = sign["status"].get("doing") if isinstance(sign["status"], dict) else ()
+        if isinstance(sign["beat"], int) and (doing is None or len(doing) == 2):
+            return sign["beat"], sign["status"]
+    return None, {}
