@@ -99,7 +99,7 @@ def _judge_torchrun(spec: dict[str, Any], output: str, who: str) -> Iterator[str
     """torchrun prints its own summary, too; ours must hold the first cause once."""
     if spec["kind"] == "exception":
         header = rf"{re.escape(who)} failed, batch {spec['batch']}, ({'|'.join(EXCEPTIONS[spec['place']])}):"
-        if len(re.findall(header, output)) != 1:
+        if len(re.findall(f"(?m)^{header}$", output)) != 1:
             yield "does not name stage, batch and action once"
     elif "SIGKILL" not in output and f"{who} is gone" not in output:
         yield "does not say who was killed"

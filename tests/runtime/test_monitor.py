@@ -52,8 +52,6 @@ class TestMonitor:
             cause = woken[rank].get(timeout=WAIT_S)
             expected = f"stage {rank} stops because stage 1 failed, batch 5, backward: ValueError: no such luck"
             assert str(cause) == expected
-                str(cause) == f"stage {rank} stops because stage 1 failed, batch 5, backward: ValueError: no such luck"
-            )
             assert monitors[rank].cause() is cause
             assert monitors[rank].wait_for_cause() is cause
         for monitor in monitors:
