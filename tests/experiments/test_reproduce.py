@@ -27,7 +27,7 @@ STEM = "gradient-difference-smoke"
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("reproduce") / "runs"
-    assert reproduce(experiment("gradient-difference"), "smoke", path, seeds=2, jobs=2) == 0
+    assert reproduce(experiment("gradient-difference"), "smoke", path, seeds=2, jobs=2, overrides={"threads": 1}) == 0
     return path
 
 
@@ -66,7 +66,7 @@ def test_the_files_of_an_experiment(folder: Path) -> None:
     assert (about["scale"], about["seeds"]) == ("smoke", 2)
     assert about["machine"]["cores"]
     assert about["parts"]["resnet8"]["data"] == "digits"
-    assert about["command"] == "stalewise reproduce gradient-difference --scale smoke --seeds 2"
+    assert about["command"] == "stalewise reproduce gradient-difference --scale smoke --seeds 2 --threads 1"
     assert str(folder) not in (folder / f"{STEM}.json").read_text()
 
 
@@ -173,4 +173,6 @@ def test_plots_draw_every_method_and_nothing_of_nothing() -> None:
         assert all(text in svg for text in texts), plot
         assert draw_plot(plot, "Title", [], [], []) == ""
     assert "seconds" not in draw_plot(Plot("curves"), "Title", [], [untimed], [])
+    slow = {"part": "a", "method": "bp", "slow_down_mean": "0.5", "slow_down_std": "", "floor_mean": "0.333"}
+    assert "floor" in draw_plot(Plot("bars", "slow_down"), "Title", [slow], [], [])
     assert "drops" not in draw_plot(Plot("gradients"), "Title", [], [], [gradient])

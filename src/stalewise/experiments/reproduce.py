@@ -94,7 +94,7 @@ def reproduce(
             generate_images(path / f"images-{part.name}", part.generated)
         found.append((part, compare(configs[part.name], path / part.name, display=display, shared=shared)))
         # After every part, so that an interrupted experiment has results, too.
-        _write(experiment, scale, stem, path, found, seeds)
+        _write(experiment, scale, stem, path, found, seeds, _typed(overrides or {}, label))
     return sum(len(row.failures) for _, comparison in found for row in comparison.rows)
 
 
@@ -134,8 +134,22 @@ def _shareable(configs: Sequence[ComparisonConfig]) -> list[TrainConfig]:
     return [run for _, run in sorted(runs, key=lambda entry: entry[0])]
 
 
+def _typed(overrides: Mapping[str, Any], label: str) -> str:
+    """The options of a call, without where somebody's data are."""
+    given = {name: "PATH" if name in ("data", "data_dir") else value for name, value in overrides.items()}
+    if label:
+        given["label"] = label
+    return "".join(f" --{name.replace('_', '-')} {value}" for name, value in given.items())
+
+
 def _write(
-    experiment: Experiment, scale: Scale, stem: str, path: Path, found: Sequence[tuple[Part, Comparison]], seeds: int
+    experiment: Experiment,
+    scale: Scale,
+    stem: str,
+    path: Path,
+    found: Sequence[tuple[Part, Comparison]],
+    seeds: int,
+    options: str,
 ) -> None:
     rows = [row for part, comparison in found for row in result_rows(part.name, comparison)]
     curves = [row for part, comparison in found for row in curve_rows(part.name, comparison)]
@@ -152,7 +166,7 @@ def _write(
         "machine": first.machine,
         "devices": _environment(path, found).get("devices"),
         "commit": _environment(path, found).get("commit"),
-        "command": f"stalewise reproduce {experiment.name} --scale {scale} --seeds {seeds}",
+        "command": f"stalewise reproduce {experiment.name} --scale {scale} --seeds {seeds}{options}",
         "parts": {part.name: _without_folders(comparison.settings) for part, comparison in found},
     }
     write_json(path / f"{stem}.json", json.loads(json.dumps(about)))

@@ -73,7 +73,7 @@ def _curves(title: str, curves: Sequence[Row]) -> str:
 
 
 def _bars(column: Column, title: str, rows: Sequence[Row]) -> str:
-    """A bar for each row, side by side in each part, with the deviation over seeds."""
+    """A bar for each row, side by side in each part, with the deviation over seeds; a line that no bar can be below."""
     if not rows:
         return ""
     parts = _unique(row["part"] for row in rows)
@@ -104,6 +104,17 @@ def _bars(column: Column, title: str, rows: Sequence[Row]) -> str:
                     ha="center",
                     fontsize=7.5,
                     rotation=90,
+                )
+            floors = {float(row["floor_mean"]) for row in own if row.get("floor_mean")}
+            if column == "slow_down" and floors:
+                ends = (start - 0.5, start + len(own) - 0.5)
+                axes.plot(
+                    ends,
+                    [scale * min(floors)] * 2,
+                    color="#111827",
+                    linewidth=1.2,
+                    linestyle="--",
+                    label="floor" if not ticks else None,
                 )
             ticks.append(start + (len(own) - 1) / 2)
             start += len(own) + 1
