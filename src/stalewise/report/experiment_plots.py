@@ -86,7 +86,9 @@ def _bars(column: Column, title: str, rows: Sequence[Row]) -> str:
     def draw(figure: Any) -> None:
         axes = figure.subplots()
         # Parts are wide as their rows are many, with a slot between them.
-        ticks, start, named = [], 0, set()
+        ticks: list[float] = []
+        named: set[str] = set()
+        start = 0
         for part in parts:
             own = [row for row in rows if row["part"] == part]
             for place, row in enumerate(own, start):
