@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from stalewise.runtime.job import Job, in_launched_job
 
 __all__ = [
     "check_compile",
+    "check_folder",
     "check_functions",
     "check_gradient_difference",
     "check_numbers",
@@ -78,6 +80,14 @@ def check_functions(method: Any, loss_fn: Any, optimizer: Any, lr_scheduler: Any
     for name, (value, signature) in optional.items():
         if value is not None and not callable(value):
             raise ConfigError(f"{name} is {value!r}; it must be a function {signature}, or None.")
+
+
+def check_folder(name: str, folder: Any) -> None:
+    """Refuse what is no path."""
+    if folder is None:
+        return
+    if not isinstance(folder, str | os.PathLike) or not str(folder) or "\0" in str(folder):
+        raise ConfigError(f"{name} is {folder!r}; it must be the path of a folder, or None.")
 
 
 def check_numbers(seed: Any, clip_grad_norm: Any, recv_timeout_s: Any, start_timeout_s: Any) -> None:

@@ -10,6 +10,7 @@
     │   ├── PeerLost                  the process at the other end is gone
     │   └── ReceiveTimeout            nothing arrived in time
     ├── SaveError                     a checkpoint could not be written
+    ├── NonFiniteLoss                 the loss of a batch is NaN or infinite
     └── WorkerError                   a worker of a launched job failed; carries the original traceback
 
 A message says what happened, with values; the rule; and what to do.
@@ -19,6 +20,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "NonFiniteLoss",
     "PeerLost",
     "PlanError",
     "ProgramError",
@@ -68,6 +70,10 @@ class ReceiveTimeout(TransportError):
 
 class SaveError(StalewiseError):
     """A checkpoint could not be written; the ones before it are as they were."""
+
+
+class NonFiniteLoss(StalewiseError):
+    """The loss of a batch is NaN or infinite, and the run was to stop then."""
 
 
 class WorkerError(StalewiseError):

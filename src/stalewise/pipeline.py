@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from stalewise._version import __version__
 from stalewise.arguments import (
     check_compile,
+    check_folder,
     check_functions,
     check_gradient_difference,
     check_numbers,
@@ -26,16 +27,20 @@ from stalewise.arguments import (
     is_distributed,
     resolve_device,
 )
+from stalewise.checkpoint.batch_file import write_batch
 from stalewise.checkpoint.writer import Attachment
 from stalewise.engine.assemble import ParameterOptions, assemble_stage
 from stalewise.engine.compiled import check_backend
 from stalewise.engine.engine import Batches, Engine
 from stalewise.engine.feed import iterate
+from stalewise.engine.messages import Activation
+from stalewise.engine.nonfinite import LossGuard, NonFinitePolicy, nonfinite_policy
 from stalewise.engine.precision import Precision
 from stalewise.engine.sequential import SequentialEngine
 from stalewise.engine.split import Chain, LayerSource
 from stalewise.engine.stage import LossFunction, Metric, Stage
-from stalewise.errors import ConfigError
+from stalewise.engine.tree import unflatten
+from stalewise.errors import ConfigError, SaveError
 from stalewise.methods import Method
 from stalewise.plan.memory import StageMemory
 from stalewise.plan.partition import LayerCost, Partition, check_cuts, fixed_partition
@@ -105,6 +110,13 @@ class Pipeline:
             many, with the same batches and drains; None: elastic stages decide by themselves.
         stragglers: make steps slow on purpose, to see what it costs; the same steps whatever the method. It changes no
             number of the run.
+        nonfinite_loss: what becomes of a batch whose loss is NaN or infinite. "stop": no stage updates with it, and
+            `train` raises where its loss is due. "skip": no stage updates with it (nor moves its optimizer or
+            scheduler for it), its loss is yielded, and a pass that would make running statistics NaN or infinite leaves
+            buffers as they were. "go-on": it is a batch like any other. But for the last, every stage looks at every
+            loss before its backward, so a GPU is waited for once more a batch.
+        nonfinite_folder: where "stop" saves the batch (`stalewise.checkpoint.batch_file.read_batch` reads it), of rank
+            0; None: nowhere.
 
     Attributes:
         cuts: indices of the first layers of stages 1 .. K-1; None until they are known.
@@ -140,6 +152,8 @@ class Pipeline:
         autocast: str | None = None,
         compile: bool | str = False,
         replay: Sequence[Sequence[str]] | None = None,
+        nonfinite_loss: NonFinitePolicy = "stop",
+        nonfinite_folder: str | Path | None = None,
     ) -> None:
         check_functions(method, loss_fn, optimizer, lr_scheduler, param_groups)
         check_numbers(seed, clip_grad_norm, recv_timeout_s, start_timeout_s)
@@ -166,6 +180,13 @@ class Pipeline:
         check_precision(self._precision, method)
         self._compile = check_compile(compile, method)
         self._job = current_job(start_timeout_s=start_timeout_s) if is_distributed(engine) else None
+        decided = method if method.is_decided else method.with_activations("stored")
+        check_folder("nonfinite_folder", nonfinite_folder)
+        self._nonfinite_folder = None if nonfinite_folder is None else Path(nonfinite_folder)
+        self._guard = LossGuard(
+            policy=nonfinite_policy(nonfinite_loss, decided.program()),
+            keep=None if nonfinite_folder is None else self._keep_nonfinite,
+        )
         if self._job is None:
             self._chain = self._chain.built()
         self._device = resolve_device(device, self._job)
@@ -185,6 +206,7 @@ class Pipeline:
             settings={"autocast": autocast, "clip_grad_norm": clip_grad_norm, "compile": self._compile},
             token=token,
             patience_s=recv_timeout_s or FIRST_S,
+            guard=self._guard,
         )
         if partition != "profile":
             if isinstance(partition, str):
@@ -298,6 +320,8 @@ class Pipeline:
 
         Raises:
             ConfigError: where a batch or what the model makes of it is not valid.
+            NonFiniteLoss: where a loss is NaN or infinite and `nonfinite_loss` is "stop"; on ranks above 0 a
+                WorkerError that names it.
             WorkerError: where another rank failed.
         """
         self._persistence.begin_reading(batches)
@@ -521,6 +545,7 @@ class Pipeline:
                 measure_memory=self._measure_memory,
                 stragglers=self._stragglers,
                 replay=self._replay,
+                guard=self._guard,
             )
         else:
             self._engine = DistributedEngine(
@@ -534,6 +559,7 @@ class Pipeline:
                 measure_memory=self._measure_memory,
                 stragglers=self._stragglers,
                 replay=self._replay,
+                guard=self._guard,
             )
         self.partition = plan
         self.cuts = plan.cuts
@@ -554,7 +580,18 @@ class Pipeline:
             program=program,
             precision=self._precision,
             compile=self._compile,
+            protects_buffers=self._guard.policy == "skip",
         )
+
+    def _keep_nonfinite(self, batch: int, loss: float, loaded: Activation) -> str:
+        """Save a batch; says where it is, or why it is nowhere."""
+        assert self._nonfinite_folder is not None
+        value = (unflatten(loaded.structure, loaded.values), loaded.target)
+        try:
+            path = write_batch(self._nonfinite_folder, batch, value, loss=loss, stage=self.method.num_stages - 1)
+        except SaveError as error:
+            return f"It could not be saved: {error}"
+        return f"It is saved in {path}."
 
     def _plan_hash(self, cuts: tuple[int, ...]) -> int:
         compute = [self._precision.autocast, self._compile]
@@ -576,6 +613,7 @@ class Pipeline:
             "stragglers": repr(self._stragglers),
             "autocast": self._precision.autocast,
             "compile": self._compile,
+            "nonfinite_loss": self._guard.policy,
             "replay": None if self._replay is None else hashlib.blake2b(repr(self._replay).encode()).hexdigest(),
         }
         everyone = all_gather_json(own, job.group)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -37,6 +38,7 @@ def export_model(path: Path, out: Path) -> int:
         save_file(model, temporary)
         os.replace(temporary, out)
     except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise SaveError(f"cannot write {out}: {error}. Choose another file.") from None
     return len(model)

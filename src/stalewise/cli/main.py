@@ -19,7 +19,15 @@ from stalewise.cli.reproduce import reproduce
 from stalewise.cli.simulate import simulate
 from stalewise.cli.theory import theory
 from stalewise.cli.train import train
-from stalewise.errors import CheckpointError, ConfigError, DataError, PlanError, StalewiseError, WorkerError
+from stalewise.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    NonFiniteLoss,
+    PlanError,
+    StalewiseError,
+    WorkerError,
+)
 
 __all__ = ["app", "run"]
 
@@ -60,7 +68,8 @@ def run() -> None:
         _fail(error, 2)
     except WorkerError as error:
         wrong_input = error.cause_type in _WRONG_INPUT
-        _fail(error.cause if wrong_input else error, 2 if wrong_input else 1)
+        brief = wrong_input or error.cause_type == NonFiniteLoss.__name__
+        _fail(error.cause if brief else error, 2 if wrong_input else 1)
     except StalewiseError as error:
         _fail(error, 1)
     except KeyboardInterrupt:

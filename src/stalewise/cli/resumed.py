@@ -27,6 +27,7 @@ _CHANGEABLE = _PIPELINE | {
     "keep",
     "data_dir",
     "stragglers",
+    "on_nan",
 }
 
 

@@ -11,7 +11,15 @@ import typer
 
 from stalewise.cli.recipes import use_recipe
 from stalewise.cli.resumed import given_options, resumed_config
-from stalewise.experiments.config import DISPLAYS, SCHEDULES, TrainConfig, parse_fractions, parse_numbers, parse_options
+from stalewise.experiments.config import (
+    DISPLAYS,
+    ON_NAN,
+    SCHEDULES,
+    TrainConfig,
+    parse_fractions,
+    parse_numbers,
+    parse_options,
+)
 from stalewise.experiments.replay import replayed_config
 from stalewise.experiments.run_writer import prepare_run_folder
 from stalewise.experiments.straggler_options import STRAGGLER_HELP, parse_stragglers
@@ -109,6 +117,12 @@ def train(
         int | None,
         typer.Option(help="Measure each stage's distance from the gradient of backpropagation every so many batches."),
     ] = None,
+    on_nan: Annotated[
+        str,
+        typer.Option(
+            help=f"Of a batch whose loss is NaN or infinite: {', '.join(ON_NAN)}; stop saves it in the run folder."
+        ),
+    ] = "stop",
     out: Annotated[Path | None, typer.Option(help="Run folder; default: runs/MODEL-DATA-METHOD-TIME.")] = None,
     checkpoint_every: Annotated[
         int | None, typer.Option(help="Save everything every so many batches, into checkpoints/ of the run folder.")
@@ -172,6 +186,7 @@ def train(
         stragglers=parse_stragglers(straggler or []),
         checkpoint_every=checkpoint_every,
         keep=keep,
+        on_nan=on_nan,
     )
     if resume is not None:
         run(resumed_config(resume, config, given_options(context)), resume, resume=True, max_restarts=max_restarts)

@@ -38,6 +38,7 @@ def assemble_stage(
     program: StageProgram = NO_PROGRAM,
     precision: Precision = FULL_PRECISION,
     compile: str | None = None,
+    protects_buffers: bool = False,
 ) -> Stage:
     """Move the layers to their device and give them their optimizer and scheduler; see `Pipeline` for the arguments.
 
@@ -92,6 +93,7 @@ def assemble_stage(
         program=program,
         precision=precision,
         compile=compile,
+        protects_buffers=protects_buffers,
     )
 
 

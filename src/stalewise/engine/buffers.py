@@ -1,4 +1,4 @@
-"""Buffers that a graph-less forward must not change.
+"""Buffers that a graph-less forward, or a batch with NaN in it, must not change.
 
 BatchNorm counts a batch in every pass, and a recomputing stage passes each batch twice. Only the pass that builds
 the graph may count it (dsp.md, section 3), so the other one runs on copies. The copies take the buffers' place in
@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-__all__ = ["all_buffers", "restore_buffers", "unchanged_buffers"]
+__all__ = ["all_buffers", "finite_buffers", "restore_buffers", "unchanged_buffers"]
 
 
 def all_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor | None]]:
@@ -54,3 +54,26 @@ def unchanged_buffers(module: nn.Module) -> Iterator[None]:
         for part, buffers in own:
             part._buffers.clear()
             part._buffers.update(buffers)
+
+
+@contextmanager
+def finite_buffers(module: nn.Module) -> Iterator[None]:
+    """After it all buffers are as before where a finite one is no longer finite: running statistics never forget a NaN.
+
+    Constants that are infinite by design, such as masks, do not count.
+    """
+    own = [(part, name, buffer) for part in module.modules() for name, buffer in part._buffers.items()]
+    kept = [(part, name, buffer, None if buffer is None else buffer.detach().clone()) for part, name, buffer in own]
+    watched = [(part, name) for part, name, _, copy in kept if _is_finite(copy)]
+    yield
+    if all(_is_finite(part._buffers.get(name)) for part, name in watched):
+        return
+    for part, name, buffer, copy in kept:
+        part._buffers[name] = buffer
+        if buffer is not None and copy is not None:
+            # Past autograd: graphs of other batches may have saved the buffer, and do not depend on its values.
+            buffer.data.copy_(copy)
+
+
+def _is_finite(buffer: Tensor | None) -> bool:
+    return buffer is not None and buffer.is_floating_point() and bool(torch.isfinite(buffer).all())

@@ -25,6 +25,7 @@ from stalewise.engine.brake import Brake
 from stalewise.engine.gradient_probe import GradientProbe
 from stalewise.engine.memory import MemoryMeter, StageUsage, resident_bytes
 from stalewise.engine.messages import Activation, Gradient, message_tensors
+from stalewise.engine.nonfinite import GO_ON, LossGuard
 from stalewise.engine.stage import Stage
 from stalewise.engine.step_clock import StepClock
 from stalewise.engine.trace_file import TraceFile
@@ -83,6 +84,7 @@ class Interpreter:
         meter: measures this stage's memory after every action, or None.
         waiting: the tensors in the queues of the links, for the meter.
         brake: makes slow steps take longer, or None.
+        guard: what becomes of batches whose loss is not finite.
 
     Attributes:
         batch: global index of the batch last acted on; -1 before the first.
@@ -103,6 +105,7 @@ class Interpreter:
         meter: MemoryMeter | None = None,
         waiting: Callable[[], Iterable[Tensor]] = tuple,
         brake: Brake | None = None,
+        guard: LossGuard = GO_ON,
     ) -> None:
         self.stage = stage
         self.program = program
@@ -113,6 +116,9 @@ class Interpreter:
         self.meter = meter
         self._waiting = waiting
         self._brake = brake
+        self._guard = guard
+        self._loaded: dict[int, Activation] = {}
+        self._dropped: set[int] = set()
         self.bytes_sent = 0
         self._clock = clock
         self._inbox: dict[Unit, Activation] = {}
@@ -199,6 +205,8 @@ class Interpreter:
         yield from self._losses_to_send.values()
         for _, loss in self._losses:
             yield loss
+        for loaded in self._loaded.values():
+            yield from message_tensors(loaded)
 
     def _act(self, kind: Kind, unit: Unit) -> None:
         batch = unit[0]
@@ -207,6 +215,8 @@ class Interpreter:
                 loaded = self._links.load(batch)
                 if self.probe is not None:
                     self.probe.keep_input(loaded, batch)
+                if self._guard.keeps_batches:
+                    self._loaded[batch] = loaded
                 for part in split_batch(loaded, self.program.policy.micro_batches):
                     self._inbox[batch, part.micro_batch] = part
             case Kind.RECEIVE_ACTIVATION:
@@ -252,22 +262,36 @@ class Interpreter:
         if self.stage.is_last:
             output = self._outbox.pop(unit)
             loss: Tensor | None = output.values[0] if output.share == 1 else output.values[0] * output.share
-            gradients = self.stage.backward(None, *unit)
+            received: list[Tensor | None] | None = None
         else:
-            received = self._gradients.pop(unit)
-            loss = received.loss
-            gradients = self.stage.backward(received.values, *unit)
+            gradient = self._gradients.pop(unit)
+            loss, received = gradient.loss, gradient.values
+        if batch in self._dropped or self._guard.drops(loss):
+            self._dropped.add(batch)
+            gradients = self.stage.drop(*unit)
+        else:
+            gradients = self.stage.backward(received, *unit)
         if not self.stage.is_first:
             self._input_gradients[unit] = Gradient(gradients, None if self._tells_losses else loss, micro_batch)
         if loss is not None:
             partial = self._partial_losses.pop(batch, None)
             loss = loss if partial is None else partial + loss
             if micro_batch in (None, self.program.policy.micro_batches - 1):
+                self._complete_batch(batch, loss)
                 self._add_loss(batch, loss)
             else:
                 self._partial_losses[batch] = loss
 
+    def _complete_batch(self, batch: int, loss: Tensor) -> None:
+        """Micro-batches before the one that spoilt the batch have left gradients."""
+        dropped = batch in self._dropped or (self.program.policy.micro_batches > 1 and self._guard.drops(loss))
+        self._dropped.discard(batch)
+        if dropped and self.program.policy.micro_batches > 1:
+            self.stage.forget_gradients()
+
     def _add_loss(self, batch: int, loss: Tensor) -> None:
+        if self.stage.is_first:
+            self._guard.stop(loss, batch, self.stage.num_stages - 1, self._loaded.pop(batch, None))
         self._losses.append((batch, loss))
         if self._tells_losses:
             self._losses_to_send[batch] = loss

@@ -26,6 +26,7 @@ from stalewise.engine.interpreter import Interpreter
 from stalewise.engine.logical_time import LogicalTime
 from stalewise.engine.memory import MemoryMeter, StageUsage
 from stalewise.engine.messages import Activation, Gradient, message_tensors, messages_value
+from stalewise.engine.nonfinite import GO_ON, LossGuard
 from stalewise.engine.score import Score, mean
 from stalewise.engine.snapshot import (
     check_course,
@@ -68,6 +69,7 @@ class SequentialEngine(Engine):
         stragglers: steps that are slow on purpose.
         logical_time: by which traces are kept instead of real time; None: real time.
         replay: the order of each stage of an elastic program, to be repeated; None: the rule decides.
+        guard: what becomes of batches whose loss is not finite.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class SequentialEngine(Engine):
         stragglers: Stragglers = NO_STRAGGLERS,
         logical_time: LogicalTime | None = None,
         replay: Orders | None = None,
+        guard: LossGuard = GO_ON,
     ) -> None:
         super().__init__(program, gradient_difference_every=gradient_difference_every)
         every = gradient_difference_every
@@ -105,6 +108,7 @@ class SequentialEngine(Engine):
                 meter=self._meters[stage.index] if measure_memory else None,
                 waiting=links.waiting,
                 brake=Brake(stragglers, stage.index, stage.device) if stragglers else None,
+                guard=guard,
             )
             for stage, links in zip(stages, self._links, strict=True)
         ]

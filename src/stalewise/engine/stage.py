@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from stalewise.engine.buffers import all_buffers, unchanged_buffers
+from stalewise.engine.buffers import all_buffers, finite_buffers, unchanged_buffers
 from stalewise.engine.compiled import call_of, check_compiled
 from stalewise.engine.isolation import Isolation, has_gradient
 from stalewise.engine.layout import dense
@@ -84,6 +84,7 @@ class Stage:
         program: of the stage; says what becomes of graphs, weights and gradients.
         precision: of its passes.
         compile: backend of `torch.compile` for the layers; None: not compiled.
+        protects_buffers: whether a pass that would make a buffer NaN or infinite leaves buffers as they were.
     """
 
     def __init__(
@@ -101,12 +102,14 @@ class Stage:
         program: StageProgram = NO_PROGRAM,
         precision: Precision = FULL_PRECISION,
         compile: str | None = None,
+        protects_buffers: bool = False,
     ) -> None:
         precision.check(program)
         check_compiled(compile, program)
         self.module = module
         self._call = call_of(module, compile)
         self.index = index
+        self.num_stages = num_stages
         self.device = device
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
@@ -117,6 +120,7 @@ class Stage:
         self.is_last = index == num_stages - 1
         self.seed = seed
         self._loss_fn = loss_fn
+        self._protects_buffers = protects_buffers
         self._clip_grad_norm = clip_grad_norm
         self._trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self._isolation = Isolation(index)
@@ -196,11 +200,28 @@ class Stage:
         self._gradients_added += int(micro_batch in (None, self._policy.micro_batches - 1))
         return [None if leaf.grad is None else self._passed_on(leaf.grad) for leaf in graph.inputs]
 
+    def drop(self, batch: int, micro_batch: int | None = None) -> list[Tensor | None]:
+        """In place of `backward`: forget the batch's graph and stored input, and pass no gradient on."""
+        graph = self._graphs.pop((batch, micro_batch))
+        del self._stored[batch, micro_batch]
+        if self._saved_weights is not None:
+            self._saved_weights.release((batch, micro_batch))
+        return [None] * len(graph.inputs)
+
+    def forget_gradients(self) -> None:
+        """Forget what micro-batches of a dropped batch have accumulated."""
+        self._gradients_added = 0
+        for parameter in self._trainable:
+            parameter.grad = None
+
     def update(self) -> None:
-        """Update the weights with the mean of the accumulated gradients, and step the LR scheduler."""
+        """Update the weights with the mean of the accumulated gradients, and step the LR scheduler.
+
+        Where all batches of this update were dropped, weights, optimizer and scheduler stay as they are.
+        """
         added, self._gradients_added = self._gradients_added, 0
         self.num_updates += 1
-        if self.optimizer is None:
+        if self.optimizer is None or not added:
             return
         if added > 1:
             for parameter in self._trainable:
@@ -311,8 +332,10 @@ class Stage:
 
     def _pass(self, stored: StoredInput, unit: Unit, *, with_graph: bool) -> tuple[list[Tensor], Structure]:
         """One pass over the layers, from the stream of its own; keeps the graph if it builds one."""
-        context = self._building_graph(unit) if with_graph else unchanged_buffers(self.module)
-        return self._pass_in(context, stored, unit, with_graph=with_graph)
+        if not with_graph:
+            return self._pass_in(unchanged_buffers(self.module), stored, unit, with_graph=False)
+        with finite_buffers(self.module) if self._protects_buffers else nullcontext():
+            return self._pass_in(self._building_graph(unit), stored, unit, with_graph=True)
 
     def _pass_in(
         self, context: AbstractContextManager[object], stored: StoredInput, unit: Unit, *, with_graph: bool

@@ -39,7 +39,7 @@ CALM = "-calm"
 FAILURE = "failure.json"
 """In a run folder: why the run failed."""
 
-_OF_A_RUN = ("method", "queue", "staleness", "options", "seed", "display")
+_OF_A_RUN = ("method", "queue", "staleness", "options", "seed", "display", "on_nan")
 """Fields of `TrainConfig` that differ between the runs, or do not matter to them."""
 
 
@@ -152,7 +152,14 @@ class ComparisonConfig:
     def of(self, planned: PlannedRun, cuts: tuple[int, ...]) -> TrainConfig:
         """The configuration of a run with the shared cuts."""
         shared = replace(
-            self.shared, seed=planned.seed, display="quiet", partition=cuts, method="bp", options={}, queue=None
+            self.shared,
+            seed=planned.seed,
+            display="quiet",
+            partition=cuts,
+            method="bp",
+            options={},
+            queue=None,
+            on_nan="go-on",  # that a method diverges is a result
         )
         entry = planned.entry
         if planned.calm:

@@ -16,9 +16,10 @@ from stalewise.experiments.config_checks import check_types
 from stalewise.methods import Method, build_method, method_options
 from stalewise.protocol.stragglers import Straggler, Stragglers
 
-__all__ = ["DISPLAYS", "SCHEDULES", "TrainConfig"]
+__all__ = ["DISPLAYS", "ON_NAN", "SCHEDULES", "TrainConfig"]
 
 SCHEDULES = ("onecycle", "constant", "cosine", "step")
+ON_NAN = ("stop", "skip", "go-on")
 DISPLAYS = ("auto", "live", "plain", "json", "quiet")
 
 
@@ -66,6 +67,7 @@ class TrainConfig:
         keep: how many of the newest checkpoints stay.
         stragglers: steps that are slow on purpose.
         replay: folder of the elastic run whose order is repeated, or None.
+        on_nan: what becomes of a batch whose loss is not finite; see `nonfinite_loss` of `Pipeline`.
 
     Raises:
         ConfigError: where a value is not valid.
@@ -110,6 +112,7 @@ class TrainConfig:
     keep: int = 3
     stragglers: tuple[Straggler, ...] = ()
     replay: str | None = None
+    on_nan: str = "stop"
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -139,6 +142,7 @@ class TrainConfig:
             ("lr_schedule", SCHEDULES),
             ("display", DISPLAYS),
             ("engine", ("distributed", "sequential")),
+            ("on_nan", ON_NAN),
         ):
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(choices)}.")

@@ -34,6 +34,7 @@ class Progress:
         epoch_s: time of this epoch so far.
         elapsed_s: time since the run began.
         metrics_size: bytes of `metrics.jsonl`.
+        skipped: batches left out because their loss was not finite.
     """
 
     epoch: int = 0
@@ -44,6 +45,7 @@ class Progress:
     epoch_s: float = 0.0
     elapsed_s: float = 0.0
     metrics_size: int = 0
+    skipped: int = 0
 
 
 class RunCheckpoints:

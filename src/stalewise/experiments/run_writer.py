@@ -4,6 +4,7 @@ config.json        the `TrainConfig`                     environment.json   vers
 partition.json     the cuts, and what was measured       metrics.jsonl      a JSON object per batch and epoch
 summary.json       the result                            model.safetensors  the unsplit model, original names
 timeline/          every action of every stage (.npz)    trace.json         the same for Perfetto
+nonfinite/         the batch whose loss was not finite, where that stopped the run
 report.html        all of it for people                 checkpoints/       to resume from, with `--checkpoint-every`
 order/             what elastic stages chose (.txt)
 """

@@ -7,17 +7,19 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from stalewise.data import Batches, DataSplit, load_data
+from stalewise.engine.nonfinite import NonFinitePolicy
 from stalewise.experiments.config import TrainConfig
 from stalewise.experiments.display import Display, make_display
 from stalewise.experiments.environment import describe_environment, typed_command
@@ -115,6 +117,8 @@ def train_worker(folder: str, command: str, resume: bool = False) -> None:
         stragglers=config.stragglers,
         autocast=config.autocast,
         compile=config.compile,
+        nonfinite_loss=cast("NonFinitePolicy", config.on_nan),
+        nonfinite_folder=path / "nonfinite",
         replay=None if config.replay is None else read_orders(Path(config.replay), config.build_method().program()),
     )
     checkpoints = RunCheckpoints(config, pipeline, path)
@@ -187,6 +191,8 @@ class _Recorder:
         self._measured = progress.measured
         self._losses: list[float] = list(progress.losses)
         self._training_s = progress.training_s
+        self._skips = config.on_nan == "skip"
+        self._skipped = progress.skipped
         self._keeps_partition = checkpoints.point is None or not checkpoints.point.exact
         locked = config.engine == "sequential" or 0 in config.build_method().staleness.slack[:-1]
         self._watch = BottleneckWatch(config.stages, locked=locked)
@@ -222,6 +228,7 @@ class _Recorder:
             "training_s": self._training_s,
             "samples_per_s": config.epochs * len(self._data.train) / self._training_s,
             "batches": self._batch,
+            **({"skipped_batches": self._skipped} if self._skips else {}),
             "epochs": config.epochs,
         }
 
@@ -243,7 +250,10 @@ class _Recorder:
     def _record_loss(self, loss: float) -> None:
         if self._keeps_partition and self._pipeline.partition is not None:
             self._keep_partition()
-        self._losses.append(loss)
+        if self._skips and not math.isfinite(loss):
+            self._skipped += 1
+        else:
+            self._losses.append(loss)
         self._record(
             {
                 "event": "batch",
@@ -266,6 +276,7 @@ class _Recorder:
             epoch_s=self._elapsed() - self._epoch_begin_s,
             elapsed_s=self._elapsed(),
             metrics_size=self._writer.flush(),
+            skipped=self._skipped,
         )
 
     def _record_gradient_differences(self) -> None:

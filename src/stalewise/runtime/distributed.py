@@ -26,6 +26,7 @@ from stalewise.engine.gradient_probe import GradientProbe
 from stalewise.engine.interpreter import Interpreter
 from stalewise.engine.memory import MemoryMeter, StageUsage
 from stalewise.engine.messages import Activation
+from stalewise.engine.nonfinite import GO_ON, LossGuard
 from stalewise.engine.score import Score, mean
 from stalewise.engine.snapshot import (
     check_course,
@@ -88,6 +89,7 @@ class DistributedEngine(Engine):
         measure_memory: whether to measure what this rank's stage holds; see `engine.memory`.
         stragglers: steps that are slow on purpose.
         replay: the order of each stage of an elastic program, to be repeated; None: the rule decides.
+        guard: what becomes of batches whose loss is not finite.
     """
 
     def __init__(
@@ -103,6 +105,7 @@ class DistributedEngine(Engine):
         measure_memory: bool = False,
         stragglers: Stragglers = NO_STRAGGLERS,
         replay: Orders | None = None,
+        guard: LossGuard = GO_ON,
     ) -> None:
         super().__init__(program, gradient_difference_every=gradient_difference_every)
         self.stage = stage
@@ -132,6 +135,7 @@ class DistributedEngine(Engine):
             meter=self._meter,
             waiting=self._links.held,
             brake=Brake(stragglers, job.rank, stage.device) if stragglers else None,
+            guard=guard,
         )
         courses = courses_of(program, replay)
         self._elastic = ElasticRank(courses[job.rank], self._interpreter, self._links) if courses else None

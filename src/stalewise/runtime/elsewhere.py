@@ -21,7 +21,7 @@ from stalewise.engine.engine import Engine
 from stalewise.engine.sequential import SequentialEngine
 from stalewise.engine.stage import Stage
 from stalewise.engine.state import named_optimizer_state
-from stalewise.errors import CheckpointError, ConfigError
+from stalewise.errors import CheckpointError, ConfigError, NonFiniteLoss
 from stalewise.methods import Method, rebuild_method
 from stalewise.runtime.exchange import broadcast_json, broadcast_tensors
 from stalewise.runtime.job import Job
@@ -79,7 +79,10 @@ def move_out(path: Path, manifest: Manifest, engine: SequentialEngine) -> Moved:
     _, stages = read_stages(path, range(manifest.num_stages), device=engine.held_stages[0].device)
     engine.check(stages)
     engine.restore(cut_of(manifest), stages)
-    losses = [loss.item() for loss in engine.drain()]
+    try:
+        losses = [loss.item() for loss in engine.drain()]
+    except NonFiniteLoss as error:
+        raise CheckpointError(f"its batches in flight cannot be finished: {error}") from None
     held = engine.held_stages
     return Moved(
         num_batches=engine.num_batches,

@@ -28,7 +28,15 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
-from stalewise.errors import CheckpointError, ConfigError, DataError, PlanError, ProgramError, WorkerError
+from stalewise.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    NonFiniteLoss,
+    PlanError,
+    ProgramError,
+    WorkerError,
+)
 from stalewise.runtime.allocator import allocator_environment
 from stalewise.runtime.child import CHILD_VARIABLE, run_child
 from stalewise.runtime.failure import describe_doing, describe_failure, failure_key, rank_key, read_record
@@ -42,7 +50,9 @@ MAX_SETTINGS_BYTES = 100_000
 TERMINATE_S = 3.0
 """Between asking the workers to end and ending them."""
 
-_FINAL = frozenset(kind.__name__ for kind in (ConfigError, PlanError, DataError, CheckpointError, ProgramError))
+_FINAL = frozenset(
+    kind.__name__ for kind in (ConfigError, PlanError, DataError, CheckpointError, ProgramError, NonFiniteLoss)
+)
 """Causes that would only come again."""
 
 _launches = 0

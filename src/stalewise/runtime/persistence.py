@@ -17,6 +17,7 @@ from stalewise.checkpoint.folder import verify
 from stalewise.checkpoint.manifest import Manifest
 from stalewise.checkpoint.writer import Attachment
 from stalewise.engine.engine import Engine
+from stalewise.engine.nonfinite import LossGuard
 from stalewise.engine.randomness import restore_process_random_state
 from stalewise.engine.sequential import SequentialEngine
 from stalewise.engine.split import Chain
@@ -46,6 +47,7 @@ class Persistence:
         settings: options of the pipeline that change numbers; see `Manifest`.
         token: of the run, the same on all ranks and in no other run.
         patience_s: how long rank 0 waits for the other ranks' parts of a checkpoint.
+        guard: what becomes of batches whose loss is not finite.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class Persistence:
         settings: Mapping[str, Any],
         token: str,
         patience_s: float,
+        guard: LossGuard,
     ) -> None:
         self._chain = chain
         self._job = job
@@ -67,6 +70,7 @@ class Persistence:
         self._settings = dict(settings)
         self._token = token
         self._patience_s = patience_s
+        self._guard = guard
         self._saver: Saver | None = None
         self._batches: Any = None
         self._moved: Moved | None = None
@@ -276,7 +280,7 @@ class Persistence:
                 self._assemble(layers, tuple(manifest.cuts), index, program.stages[index])
                 for index in range(manifest.num_stages)
             ]
-            return move_out(path, manifest, SequentialEngine(program, stages))
+            return move_out(path, manifest, SequentialEngine(program, stages, guard=self._guard))
 
         moved = share(moved_out, self._job)
         if engine is None:
