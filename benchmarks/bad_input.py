@@ -24,6 +24,8 @@ from pathlib import Path
 from random import Random
 
 import bad_arguments
+import bad_batches
+import bad_commands
 import torch
 from bad_cases import Case
 
@@ -42,6 +44,10 @@ KINDS: dict[str, Maker] = {
     "planning": bad_arguments.planning,
     "theory": bad_arguments.theory,
     "launch": bad_arguments.launching,
+    "batches": bad_batches.batches,
+    "losses": bad_batches.losses,
+    "layers": bad_batches.layers,
+    "commands": bad_commands.commands,
 }
 
 

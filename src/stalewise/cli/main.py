@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import traceback
 
 import typer
 from rich.console import Console
@@ -75,6 +77,20 @@ def run() -> None:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:
+        # Whoever read the output has seen enough; nothing is left to be told to it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        where = "" if error.filename is None else f" ({error.filename})"
+        _fail(f"the system refused something: {error.strerror or error}{where}. Look at the disk and its rights.", 1)
+    except Exception as error:
+        trace = "".join(traceback.format_exception(error))
+        _fail(
+            f"{type(error).__name__}: {error}. This is no error of the input that stalewise knows: it comes from the "
+            f"model's code, or is a defect of stalewise.\n{trace}",
+            1,
+        )
 
 
 _WRONG_INPUT = frozenset(kind.__name__ for kind in (ConfigError, PlanError, DataError, CheckpointError))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json as json_module
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from stalewise.experiments.config import parse_numbers, parse_options
+from stalewise.experiments.run_lock import locked_folder
 from stalewise.experiments.run_writer import prepare_run_folder
 from stalewise.experiments.simulation import MeasuredRun, link_cost, read_run, write_simulation
 from stalewise.experiments.simulation_output import simulation_text
@@ -72,28 +74,25 @@ def simulate(
     if latency_ms is not None or gbit_per_s is not None or message_mib:
         cost = link_cost(latency_ms=latency_ms or 0.0, gbit_per_s=gbit_per_s, message_mib=message_mib)
         links = Links.equal(built.num_stages, cost)
-    if out is not None:
-        prepare_run_folder(out, overwrite=overwrite, mark="simulation.json")
-    outcome = simulate_program(
-        built.program(),
-        costs,
-        links,
-        num_batches=batches,
-        stragglers=Stragglers(parse_stragglers(straggler or [])),
-        replicas=replicas,
-        seed=seed,
-        record_actions=out is not None,
-    )
-    settings = {"method": str(built), "batches": batches, "from": None if run is None else str(run)}
-    settings |= {
-        "straggler": straggler or [],
-        "replicas": replicas,
-        "seed": seed,
-        "resample": resample,
-        "jitter": jitter,
-    }
-    if out is not None:
-        write_simulation(out, outcome, settings, run=measured)
+    with ExitStack() as stack:
+        if out is not None:
+            stack.enter_context(locked_folder(out))
+            prepare_run_folder(out, overwrite=overwrite, mark="simulation.json")
+        outcome = simulate_program(
+            built.program(),
+            costs,
+            links,
+            num_batches=batches,
+            stragglers=Stragglers(parse_stragglers(straggler or [])),
+            replicas=replicas,
+            seed=seed,
+            record_actions=out is not None,
+        )
+        settings = {"method": str(built), "batches": batches, "from": None if run is None else str(run)}
+        settings |= {"straggler": straggler or [], "replicas": replicas, "seed": seed, "resample": resample}
+        settings["jitter"] = jitter
+        if out is not None:
+            write_simulation(out, outcome, settings, run=measured)
     if json:
         print(json_module.dumps({"settings": settings, "result": outcome.as_dict()}))
     else:

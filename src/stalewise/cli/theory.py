@@ -99,9 +99,12 @@ def rates(
     counts = parse_numbers(updates, "--updates") or ()
     head = ["optimizer", "staleness", "step sizes", "exponent", "low", "high", "predicted", "of bound", "noiseless"]
     rows = []
+    settings = [Staleness(parse_numbers(text, "--staleness") or ()) for text in staleness or ["0,0", "2,0", "6,0"]]
+    for depths in settings:
+        # Said now, not after minutes with SGD, which has no momentum.
+        proven_condition(depths, lipschitz=1.0, error_bound=1.0, momentum=momentum)
     print("  ".join(cell.ljust(14) for cell in head).rstrip())
-    for text in staleness or ["0,0", "2,0", "6,0"]:
-        depths = Staleness(parse_numbers(text, "--staleness") or ())
+    for depths in settings:
         problem = SineChain(num_stages=len(depths))
         for name, beta, s in (("SGD", None, 0.0), ("heavy ball", momentum, 0.0), ("Nesterov", momentum, 1.0)):
             for steps, predicted in PREDICTED.items():

@@ -21,6 +21,7 @@ from stalewise.experiments.config import (
     parse_options,
 )
 from stalewise.experiments.replay import replayed_config
+from stalewise.experiments.run_lock import locked_folder
 from stalewise.experiments.run_writer import prepare_run_folder
 from stalewise.experiments.straggler_options import STRAGGLER_HELP, parse_stragglers
 from stalewise.experiments.training import run
@@ -189,14 +190,17 @@ def train(
         on_nan=on_nan,
     )
     if resume is not None:
-        run(resumed_config(resume, config, given_options(context)), resume, resume=True, max_restarts=max_restarts)
+        resumed = resumed_config(resume, config, given_options(context))
+        with locked_folder(resume):
+            run(resumed, resume, resume=True, max_restarts=max_restarts)
         return
     if replay is not None:
         repeated = replayed_config(replay, engine=engine, display=config.display)
         config = replace(repeated, stragglers=config.stragglers)
     folder = out or _default_folder(config)
-    prepare_run_folder(folder, overwrite=overwrite)
-    run(config, folder, max_restarts=max_restarts)
+    with locked_folder(folder):
+        prepare_run_folder(folder, overwrite=overwrite)
+        run(config, folder, max_restarts=max_restarts)
 
 
 def _default_folder(config: TrainConfig) -> Path:

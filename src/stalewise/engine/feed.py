@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from stalewise.engine.layout import check_sendable
 from stalewise.engine.messages import Activation
-from stalewise.engine.tree import flatten
+from stalewise.engine.tree import flatten, unflatten
 from stalewise.errors import ConfigError
 
 __all__ = ["Feed", "check_batch", "iterate"]
@@ -46,9 +48,21 @@ class Feed:
         values, structure = flatten(batch[0], "the input of a batch")
         if not values:
             raise ConfigError("a batch has no tensor in its input; give at least one.")
-        flatten(batch[1], "the target of a batch")
-        values = [value.to(self._device, non_blocking=True) for value in values]
-        return Activation(values, structure, batch[1])
+        targets, target_structure = flatten(batch[1], "the target of a batch")
+        if torch.is_inference_mode_enabled():
+            raise ConfigError(
+                "batches are read within torch.inference_mode(), where nothing can be trained. Leave it before train "
+                "or evaluate; evaluate builds no graphs by itself."
+            )
+        values = [_usable(value, "the input of a batch").to(self._device, non_blocking=True) for value in values]
+        targets = [_usable(target, "the target of a batch") for target in targets]
+        return Activation(values, structure, unflatten(target_structure, targets))
+
+
+def _usable(value: Tensor, what: str) -> Tensor:
+    """The tensor; where it was made in inference mode a copy, through which gradients can flow."""
+    check_sendable(value, what)
+    return value.clone() if value.is_inference() else value
 
 
 def iterate(batches: Any) -> Iterator[Any]:

@@ -6,9 +6,12 @@ sliced with gaps) is made contiguous. Both engines do so, because a kernel may r
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-__all__ = ["dense", "is_dense"]
+from stalewise.errors import ConfigError
+
+__all__ = ["check_sendable", "dense", "is_dense"]
 
 
 def is_dense(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
@@ -30,3 +33,18 @@ def dense(tensor: Tensor) -> Tensor:
     if tensor.is_contiguous() or is_dense(tuple(tensor.shape), tensor.stride()):
         return tensor
     return tensor.contiguous()
+
+
+def check_sendable(value: Tensor, what: str) -> None:
+    """Refuse a tensor that has no values, or no strides.
+
+    Raises:
+        ConfigError: naming it.
+    """
+    if value.layout is torch.strided and not (value.is_meta or value.is_nested or value.is_quantized):
+        return
+    kind = "meta" if value.is_meta else "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
+    raise ConfigError(
+        f"{what} has a {'quantized' if value.is_quantized else kind} tensor; stages exchange dense tensors with "
+        "values. Convert it, for example with .to_dense() or .dequantize()."
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from stalewise.engine.blame import blamed, describe_values
 from stalewise.engine.messages import Activation
 from stalewise.engine.precision import FULL_PRECISION, Precision
 from stalewise.engine.stage import Metric
@@ -31,7 +32,14 @@ class Score:
         """Score one output of the last stage."""
         output = unflatten(activation.structure, activation.values)
         target = to_device(activation.target, device)
-        with self._precision.region(device):
+
+        def details() -> str:
+            return (
+                f"It was given the output {describe_values(output)} and the target {describe_values(target)}. Check "
+                "the targets, or use another metric."
+            )
+
+        with self._precision.region(device), blamed("metric", details):
             value = self._metric(output, target)
         if (isinstance(value, Tensor) and value.numel() != 1) or not isinstance(value, Tensor | float | int):
             got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

@@ -38,6 +38,11 @@ class Chain:
                     f"model is a {type(model).__name__} with a forward of its own; only a chain that runs one layer "
                     "after another can be cut between them. Write what its forward does as layers of an nn.Sequential."
                 )
+            if any(getattr(model, kind) for kind in _HOOKS):
+                raise ConfigError(
+                    "the model has hooks of its own, which would not be called: its layers run in stages, never the "
+                    "whole of it. Register them on its layers."
+                )
             names = [name for name, _ in model.named_modules(remove_duplicate=False) if name and "." not in name]
             named: list[tuple[str, LayerSource]] = list(zip(names, model, strict=True))
         elif isinstance(model, nn.Module) or not isinstance(model, Sequence):
@@ -131,15 +136,17 @@ class Chain:
                             )
 
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
 def _opened(name: str, layer: LayerSource) -> Iterator[tuple[str, LayerSource]]:
     """The layers of a plain `nn.Sequential`, however deep; anything else as it is."""
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     if (
         type(layer) is not nn.Sequential
         or not len(layer)
         or layer._parameters
         or layer._buffers
-        or any(getattr(layer, kind) for kind in hooks)
+        or any(getattr(layer, kind) for kind in _HOOKS)
     ):
         yield name, layer
         return

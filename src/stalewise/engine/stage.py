@@ -25,10 +25,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from stalewise.engine.blame import blamed, describe_values
 from stalewise.engine.buffers import all_buffers, finite_buffers, unchanged_buffers
 from stalewise.engine.compiled import call_of, check_compiled
 from stalewise.engine.isolation import Isolation, has_gradient
-from stalewise.engine.layout import dense
+from stalewise.engine.layout import check_sendable, dense
 from stalewise.engine.messages import Activation
 from stalewise.engine.precision import FULL_PRECISION, Precision
 from stalewise.engine.randomness import random_stream, stream_seed
@@ -120,6 +121,7 @@ class Stage:
         self.is_last = index == num_stages - 1
         self.seed = seed
         self._loss_fn = loss_fn
+        self._first_input = ""
         self._protects_buffers = protects_buffers
         self._clip_grad_norm = clip_grad_norm
         self._trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
@@ -194,7 +196,8 @@ class Stage:
             if output.requires_grad and (gradient is not None or gradients is None)
         ]
         if roots:
-            torch.autograd.backward([root for root, _ in roots], [gradient for _, gradient in roots])
+            with blamed(f"the backward of batch {batch} on stage {self.index}", _about_backward):
+                torch.autograd.backward([root for root, _ in roots], [gradient for _, gradient in roots])
         if self._saved_weights is not None:
             self._saved_weights.release((batch, micro_batch))
         self._gradients_added += int(micro_batch in (None, self._policy.micro_batches - 1))
@@ -266,7 +269,7 @@ class Stage:
         stream = random_stream(stream_seed(self.seed, self.index, batch), self.device)
         with stream, torch.no_grad(), self.precision.region(self.device):
             _, inputs = self._evaluation_isolation.inputs(activation.values, with_graph=False)
-            values, structure = flatten(self._call(unflatten(activation.structure, inputs)))
+            values, structure = flatten(self._output(activation.structure, inputs, batch), self._output_name)
         self._evaluation_isolation.check(inputs, batch)
         return activation._replace(values=[self._sendable(value) for value in values], structure=structure)
 
@@ -343,14 +346,46 @@ class Stage:
         stream = random_stream(stream_seed(self.seed, self.index, *unit), self.device)
         with stream, context, torch.set_grad_enabled(with_graph), self.precision.region(self.device):
             leaves, inputs = self._isolation.inputs(stored.values, with_graph=with_graph)
-            output = self._call(unflatten(stored.structure, inputs))
+            output = self._output(stored.structure, inputs, unit[0])
             if self.is_last:
-                output = self._checked_loss(self._loss_fn(output, to_device(stored.target, self.device)))
-            values, structure = flatten(output)
+                output = self._checked_loss(self._loss(output, stored.target, unit[0]))
+            values, structure = flatten(output, self._output_name)
+            for value in values:
+                check_sendable(value, self._output_name)
         self._isolation.check(inputs, unit[0])
         if with_graph:
             self._graphs[unit] = _Graph(leaves, values, stored.share)
         return values, structure
+
+    def _output(self, structure: Structure, inputs: list[Tensor], batch: int) -> Tree:
+        def details() -> str:
+            seen = describe_values(inputs)
+            first = self._first_input or seen
+            before = "" if first == seen else f"; that of the first batch was {first}"
+            return (
+                f"Its input is {seen}{before}. The layers decide what a batch may look like; give batches that fit "
+                "them (usually only the number of samples may change), or run the layers alone on this one."
+            )
+
+        with blamed(f"the forward of batch {batch} on stage {self.index}", details):
+            output = self._call(unflatten(structure, inputs))
+        if not self._first_input:
+            self._first_input = describe_values(inputs)
+        return output
+
+    def _loss(self, output: Tree, target: Tree, batch: int) -> Tensor:
+        def details() -> str:
+            return (
+                f"It was given the output {describe_values(output)} and the target {describe_values(target)}. Give "
+                "targets of the shape, type and range that it expects, or use another loss_fn."
+            )
+
+        with blamed(f"loss_fn for batch {batch}", details):
+            return self._loss_fn(output, to_device(target, self.device))
+
+    @property
+    def _output_name(self) -> str:
+        return f"the output of stage {self.index}"
 
     def rebuild_graph(self, unit: Unit, saved: Sequence[Tensor | tuple[Any, ...] | None]) -> None:
         """Build a graph of a checkpoint again, with what autograd saved for it; see `SavedWeights.replaying`."""
@@ -400,6 +435,11 @@ class Stage:
                 f"loss_fn returned {got}; it must return the batch's loss as one number in a tensor. "
                 "Reduce it, for example with .mean()."
             )
+        if not loss.is_floating_point():
+            raise ConfigError(
+                f"loss_fn returned a number of type {str(loss.dtype).removeprefix('torch.')}; a loss is a real one in "
+                "floating point. Compute it from the output without rounding, and take the real part of complex values."
+            )
         if torch.is_grad_enabled() and not loss.requires_grad and (self._trainable or self.index > 0):
             raise ConfigError(
                 "loss_fn returned a tensor that does not require grad; nothing could be trained. Compute the loss "
@@ -413,6 +453,13 @@ class Stage:
         storage = value.untyped_storage().data_ptr()
         own = (*self.module.parameters(), *self.module.buffers())
         return value.clone() if any(storage == tensor.untyped_storage().data_ptr() for tensor in own) else value
+
+
+def _about_backward() -> str:
+    return (
+        "Nothing that a layer's backward needs may change after its forward: work in place only on what no other layer "
+        "uses, or not at all. Run the layers and their backward alone to see which one it is."
+    )
 
 
 def _saved_weights(parameters: list[nn.Parameter], program: StageProgram) -> SavedWeights | None:

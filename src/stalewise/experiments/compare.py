@@ -8,6 +8,7 @@ from stalewise.experiments.comparison import ComparisonConfig, Runner
 from stalewise.experiments.comparison_display import ComparisonDisplay
 from stalewise.experiments.comparison_output import write_results
 from stalewise.experiments.comparison_table import Table
+from stalewise.experiments.run_lock import locked_folder
 from stalewise.experiments.shared_runs import SharedRuns
 from stalewise.report.comparison_data import Comparison
 
@@ -42,7 +43,18 @@ def compare(
         ConfigError: where the folder holds something else; where model or data are not valid.
         WorkerError: where the model cannot be profiled. (A run that fails is a row of the table, not an error.)
     """
-    display = display or ComparisonDisplay()
+    with locked_folder(path):
+        return _compare(config, path, overwrite, target_accuracy, display or ComparisonDisplay(), shared)
+
+
+def _compare(
+    config: ComparisonConfig,
+    path: Path,
+    overwrite: bool,
+    target_accuracy: float | None,
+    display: ComparisonDisplay,
+    shared: SharedRuns | None,
+) -> Comparison:
     runner = Runner(config, path, overwrite=overwrite, shared=shared)
     table = Table(runner, target_accuracy)
     display.begin(config, path)

@@ -25,6 +25,7 @@ from stalewise.experiments.config import TrainConfig
 from stalewise.experiments.cuts import plan_cuts
 from stalewise.experiments.data_parallel import run_data_parallel
 from stalewise.experiments.machine import machine
+from stalewise.experiments.run_lock import empty_folder, is_empty
 from stalewise.experiments.run_writer import prepare_run_folder, write_json
 from stalewise.experiments.shared_runs import SharedRuns
 from stalewise.experiments.training import run
@@ -310,7 +311,7 @@ def _plan_worker(folder: str, rows: Mapping[str, Mapping[str, Any]]) -> None:
 def _open(path: Path, wanted: dict[str, Any], *, overwrite: bool) -> None:
     """Make the folder, or find in it the same comparison."""
     file = path / "comparison.json"
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if not is_empty(path):
         if not file.is_file():
             raise ConfigError(
                 f"{path} holds something else than a comparison (it has no comparison.json); nothing there is touched. "
@@ -319,7 +320,7 @@ def _open(path: Path, wanted: dict[str, Any], *, overwrite: bool) -> None:
         if not overwrite:
             _check_same(file, wanted)
             return
-        shutil.rmtree(path)
+        empty_folder(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
         write_json(file, wanted)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,13 +20,14 @@ from typing import Any
 import numpy as np
 
 from stalewise.errors import ConfigError
+from stalewise.experiments.run_lock import empty_folder, is_empty
 from stalewise.protocol.trace import Trace
 
 __all__ = ["RunWriter", "prepare_run_folder"]
 
 
 def prepare_run_folder(path: Path, *, overwrite: bool, mark: str = "config.json") -> None:
-    """Make an empty folder at `path`.
+    """Make an empty folder at `path`, but for the lock of the run that is about to begin.
 
     Args:
         path: where.
@@ -38,7 +38,7 @@ def prepare_run_folder(path: Path, *, overwrite: bool, mark: str = "config.json"
         ConfigError: where something is there already and `overwrite` is off, or the folder cannot be written.
     """
     try:
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        if not is_empty(path):
             if not overwrite:
                 raise ConfigError(
                     f"{path} is not empty; a run keeps its folder to itself. Choose another --out, or give "
@@ -49,7 +49,7 @@ def prepare_run_folder(path: Path, *, overwrite: bool, mark: str = "config.json"
                     f"{path} is not such a folder (it has no {mark}), so --overwrite does not delete it. "
                     "Choose another --out, or delete it yourself."
                 )
-            shutil.rmtree(path)
+            empty_folder(path)
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"cannot write to {path}: {error.strerror}. Choose another --out.") from None

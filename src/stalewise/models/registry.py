@@ -26,7 +26,7 @@ from typing import Any
 
 from torch import nn
 
-from stalewise.errors import ConfigError
+from stalewise.errors import ConfigError, StalewiseError
 from stalewise.models.imagenet_resnet import imagenet_resnet
 from stalewise.models.resnet import basic_resnet, preact_bottleneck_resnet
 from stalewise.models.resnext import resnext
@@ -61,7 +61,7 @@ def build_model(name: str, *, num_classes: int, in_channels: int = 3) -> nn.Sequ
     """The model of that name, as the sequence of layers that a plan cuts into stages.
 
     For `module:function`, the current directory is put on `sys.path`, first unless it is there, and stays there,
-    because worker processes import the same module again. What the function itself raises is passed on.
+    because worker processes import the same module again. What the function itself raises is the cause of the error.
 
     Args:
         name: as in the table of this module.
@@ -116,7 +116,16 @@ def _build_users_model(name: str, offered: dict[str, int]) -> nn.Sequential | li
             "function build in mymodels.py."
         )
     function = _find_function(name, module_name, function_name)
-    layers = function(**_accepted(name, function, offered))
+    accepted = _accepted(name, function, offered)
+    try:
+        layers = function(**accepted)
+    except StalewiseError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise ConfigError(
+            f"{name} failed: {type(error).__name__}: {error}. It is called with the keywords {accepted}; try the call "
+            "alone."
+        ) from error
     if isinstance(layers, nn.Sequential):
         checked: nn.Sequential | list[nn.Module] = layers
     elif isinstance(layers, list | tuple):
