@@ -65,6 +65,8 @@ def misspelt(random: Random, name: str) -> str:
 
 def damaged_bytes(random: Random, content: bytes) -> bytes:
     """Cut short, with other bytes in it, swollen, empty, or something else altogether."""
+    if not content:
+        return random.randbytes(random.randint(1, 300))
     data = bytearray(content)
     match random.randrange(6):
         case 0:

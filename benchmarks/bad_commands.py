@@ -258,7 +258,9 @@ def _line(random: Random) -> tuple[list[str], bool]:
 
 
 def commands(random: Random, folder: Path) -> Case:
-    """In this process."""
+    """In this process, and one of fifty as a process of its own."""
+    if random.random() < 0.02:
+        return processes(random, folder)
     line, must_fail = _line(random)
     return Case(f"stalewise {' '.join(line)!r}", partial(obey, line), must_fail)
 

@@ -26,6 +26,7 @@ from random import Random
 import bad_arguments
 import bad_batches
 import bad_commands
+import bad_files
 import torch
 from bad_cases import Case
 
@@ -48,7 +49,25 @@ KINDS: dict[str, Maker] = {
     "losses": bad_batches.losses,
     "layers": bad_batches.layers,
     "commands": bad_commands.commands,
+    "data files": bad_files.data_files,
+    "run folders": bad_files.run_folders,
+    "output folders": bad_files.output_folders,
 }
+
+
+MODELS = """
+import sys
+from torch import nn
+
+def fails(): raise ZeroDivisionError("in the model's own code")
+def exits(): sys.exit(3)
+def none(): return None
+def empty(): return []
+def numbers(): return [1, 2]
+def needs(width): return [nn.Linear(width, 10)]
+def build(): return [nn.Flatten(), nn.Linear(4, 10)]
+"""
+"""`module:function`s of a user's."""
 
 
 class Late(BaseException):
@@ -111,6 +130,8 @@ def main() -> int:
     shown: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as scratch:
         os.chdir(scratch)
+        Path("bad_models.py").write_text(MODELS)
+        Path("bad_broken.py").write_text("raise OSError('while it is imported')\n")
         for number in numbers:
             kind, case = attempt(number, arguments.seed, kinds, Path(scratch))
             verdict, detail = judge(case)

@@ -156,10 +156,11 @@ def test_a_users_function_gets_what_its_signature_accepts(user_module, signature
     assert [seen] == sys.modules[name].SEEN
 
 
-def test_a_users_own_error_is_passed_on(user_module) -> None:
+def test_a_users_own_error_is_the_cause(user_module) -> None:
     name = user_module("def build():\n    raise ZeroDivisionError('mine')")
-    with pytest.raises(ZeroDivisionError, match="mine"):
+    with pytest.raises(ConfigError, match=":build failed: ZeroDivisionError: mine") as caught:
         build_model(f"{name}:build", num_classes=10)
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
 
 
 @pytest.mark.parametrize(

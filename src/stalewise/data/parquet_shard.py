@@ -26,6 +26,9 @@ __all__ = ["ParquetShard"]
 _IMAGE_COLUMNS = ("img", "image")
 _LABEL_COLUMNS = ("label", "fine_label")
 _ROWS_AT_ONCE = 1024
+MAX_CLASSES = 1_000_000
+"""Every class has a name; a label far beyond is damage, and would take all memory."""
+
 _CACHE_VERSION = 1
 """Part of the key of decoded images; raised whenever decoding changes what it yields."""
 
@@ -156,6 +159,12 @@ class ParquetShard:
             raise DataError(
                 f"{self._where(negative[0])} has label {labels[negative[0]]}; labels are integers from 0. "
                 "Some image sets mark unlabelled records so: leave these out."
+            )
+        if labels.max() >= MAX_CLASSES:
+            index = int(labels.argmax())
+            raise DataError(
+                f"{self._where(index)} has label {labels[index]}; labels count classes from 0, and at most "
+                f"{MAX_CLASSES} are read. Repair the label, or number the classes without gaps."
             )
         return labels
 

@@ -362,6 +362,8 @@ def _row_names(rows: Any) -> str:
         return "unknown"
     described = []
     for row in rows:
+        if not isinstance(row, dict) or not isinstance(row.get("options", {}), dict):
+            return "unknown"
         options = ", ".join(f"{name}={value}" for name, value in row.get("options", {}).items())
         described.append(f"{row.get('name')}{f' ({options})' if options else ''}")
     return ", ".join(described)
