@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -45,8 +46,8 @@ def lr(
 
     Example: stalewise theory lr --staleness 4,2,0 --momentum 0.9
     """
-    if not curvature > 0:
-        raise ConfigError(f"--curvature is {curvature!r}; it must be a number above 0.")
+    if not 0 < curvature < math.inf:
+        raise ConfigError(f"--curvature is {curvature!r}; it must be a finite number above 0.")
     depths = Staleness(parse_numbers(staleness, "--staleness") or ())
     forms = [
         ("SGD", None, 0.0),
