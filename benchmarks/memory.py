@@ -199,7 +199,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--stages", type=int, default=3)
     parser.add_argument("--micro-batches", type=int, default=4, help="of GPipe and 1F1B, on both sides")
-    parser.add_argument("--steps", type=int, default=12, help="beside those that fill the pipeline")
+    parser.add_argument("--steps", type=int, default=8, help="beside those that fill the pipeline")
     parser.add_argument("--repeats", type=int, default=2, help="fresh processes per row for the resident size")
     parser.add_argument("--only", nargs="+", default=[], metavar="TEXT", help="rows whose name contains one of these")
     parser.add_argument(

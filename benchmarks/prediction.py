@@ -1,6 +1,7 @@
 """The step time that a plan predicts, against the step time that its pipeline has.
 
-    python benchmarks/prediction.py --stages 2 3 --batch-size 64 256
+    python benchmarks/prediction.py --stages 2 3 4 --batch-size 64
+    python benchmarks/prediction.py --stages 3 --batch-size 256
 
 For each number of stages and each batch size the layers are measured once, in all K processes at the same time, as
 `Pipeline` and `stalewise plan` do. Three plans are made of that:
@@ -157,7 +158,7 @@ def main() -> None:
     parser.add_argument("--model", default="resnet56")
     parser.add_argument("--batch-size", type=int, nargs="+", default=[64, 256])
     parser.add_argument("--stages", type=int, nargs="+", default=[2, 3])
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=4.0, help="per plan and round")
     add_out(parser)
     options = vars(parser.parse_args())

@@ -1,7 +1,7 @@
 """Speed-up over backpropagation with more stages: measured to the cores at hand, simulated to 1,024 stages.
 
     python benchmarks/scaling.py --simulated
-    python benchmarks/scaling.py --measured --model resnet56 --batch-size 64 --rounds 5
+    python benchmarks/scaling.py --measured --model resnet56 --batch-size 64
 
 Simulated, a batch costs F + B = 3 in one process, split over K stages; recompute costs another F on all stages but the
 last. Two splits of it:
@@ -201,7 +201,7 @@ def main() -> None:
     parser.add_argument("--latency", type=float, default=0.0, help="of a message, as a part of a stage's mean work")
     parser.add_argument("--model", default="resnet56")
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=2.5, help="per method and round")
     add_out(parser)
     options = parser.parse_args()

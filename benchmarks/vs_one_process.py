@@ -5,7 +5,7 @@
 All sides train the same model with the same samples per update, in the same K processes in turn (K = cores unless
 --stages says otherwise; the cores are shared evenly). One process uses all cores, the other ranks wait. Data
 parallelism is torch's DistributedDataParallel with a K-th of the batch on each rank; its BatchNorm sees that part.
-Each with contiguous images and with channels last.
+Each with contiguous images and with channels last (`--format` takes one of them).
 """
 
 from __future__ import annotations
@@ -32,6 +32,11 @@ from stalewise.runtime.data_parallel import DataParallel
 from stalewise.runtime.job import current_job
 
 OWN = ("dsp (K-1-k) stored", "dsp (K-1-k) recompute")
+FORMATS = {
+    "contiguous": (("", False),),
+    "channels-last": ((", channels last", True),),
+    "both": (("", False), (", channels last", True)),
+}
 ONE_PROCESS, DATA_PARALLEL = "one process", "data parallel"
 
 
@@ -110,7 +115,7 @@ def worker(options: dict[str, Any], batch_size: int, out: str) -> None:
     task = make_task(job, options["model"], batch_size, "own")
     sides = {
         f"{name}{suffix}": side
-        for suffix, channels_last in (("", False), (", channels last", True))
+        for suffix, channels_last in FORMATS[options["format"]]
         for name, side in make_sides(task, channels_last=channels_last).items()
     }
     times = interleaved(sides, job, rounds=options["rounds"], seconds=options["seconds"])
@@ -135,8 +140,9 @@ def main() -> None:
     parser.add_argument("--model", default="resnet56")
     parser.add_argument("--batch-size", type=int, nargs="+", default=[64, 256])
     parser.add_argument("--stages", type=int, default=cores)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=3.0, help="per side and round")
+    parser.add_argument("--format", choices=[*FORMATS], default="both", help="of images in memory")
     add_out(parser)
     options = vars(parser.parse_args())
     out_file = options.pop("out")

@@ -166,5 +166,5 @@ def _beside(timeline: Timeline, outcome: Outcome, run: MeasuredRun) -> str:
     found = f"Simulated step: {duration(outcome.step_s)}"
     if step:
         found += f"; measured: {duration(step)}; the simulation is off by {100 * (outcome.step_s / step - 1):+.1f}%"
-    lead = element("p", f"{found}. {outcome.bottleneck}.", class_="lead")
+    lead = element("p", f"{found}. The pace is set by {outcome.bottleneck}.", class_="lead")
     return page("Measured and simulated · stalewise", element("h1", "Measured and simulated"), lead, *pictures)
