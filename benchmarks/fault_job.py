@@ -117,13 +117,12 @@ class Fault:
 
         Interpreter.execute = counted  # type: ignore[method-assign]
 
-    def note_recovery(self) -> None:
-        """In a later life: the time of the first update."""
-        update, fault = Stage.update, self
+    def note_first_update(self) -> None:
+        """The time of the first update of each life of the job."""
+        update, path = Stage.update, self.folder / f"first.{restart_count()}.{self.rank}"
 
         def noted(stage: Stage) -> None:
             update(stage)
-            path = fault.folder / f"recovered.{fault.rank}"
             if not path.exists():
                 path.write_text(repr(time.monotonic()))
 
@@ -240,8 +239,7 @@ def main(folder: str, text: str) -> None:
     pipeline = build(fault)
     first, done = 0, 0
     if spec.get("restarts"):
-        if restart_count():
-            fault.note_recovery()
+        fault.note_first_update()
         point = pipeline.resume(fault.folder / "checkpoints", positioned=True, missing_ok=True)
         if point is not None:
             first = number_of_batches(fault) if point.session_batches is None else point.session_batches

@@ -10,7 +10,8 @@ that a job survives the weights:
 
 Time counts from the fault until the last process of the job is gone, the data loader's included, without the timeout
 that the job was given to notice it (0 where it needed less); for a restart, until every stage has done its first step
-after it. Faults of the link need root (namespaces and TUN devices), a full disk a mount namespace.
+after it, without the time that the job's first start took (it imports torch again, and so on). Faults of the link need
+root (namespaces and TUN devices), a full disk a mount namespace.
 """
 
 from __future__ import annotations
@@ -87,6 +88,7 @@ def run(spec: dict[str, Any], digests: dict[str, str], limits: dict[str, float])
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "checkpoints").mkdir()
+        began = time.monotonic()
         (folder / "tmp").mkdir()
         if spec["kind"] in LINK:
             over_link = run_over_link(spec, folder, LINK_JOB_TIMEOUT_S)
@@ -103,15 +105,22 @@ def run(spec: dict[str, Any], digests: dict[str, str], limits: dict[str, float])
         seconds = None
         marked = folder / "fault"
         if marked.exists() and spec["kind"] not in ("pause", "late", "full disk", *LINK_BACK):
-            end = gone
+            fault = float(marked.read_text())
+            seconds = gone - fault - PATIENCE_S.get(spec["kind"], 0.0)
             if spec["kind"] == "restart":
-                end = max((float(path.read_text()) for path in folder.glob("recovered.*")), default=gone)
-            seconds = max(0.0, end - float(marked.read_text()) - PATIENCE_S.get(spec["kind"], 0.0))
+                first_start_s = min(fault, _latest(folder, "first.0.*", default=fault)) - began
+                seconds = _latest(folder, "first.1.*", default=gone) - fault - first_start_s
+            seconds = max(0.0, seconds)
             if seconds > limits[spec["launcher"]]:
                 complaints.append(f"took {seconds:.1f} s")
         elif not marked.exists() and spec["kind"] not in ("nothing", "loss and delay"):
             complaints.append("never came to its fault")
         return Ended(complaints=complaints, seconds=seconds, output=text)
+
+
+def _latest(folder: Path, pattern: str, *, default: float) -> float:
+    """Of the times in these files."""
+    return max((float(path.read_text()) for path in folder.glob(pattern)), default=default)
 
 
 def _run_here(spec: dict[str, Any], folder: Path) -> tuple[int | None, int, float]:
