@@ -10,8 +10,8 @@ that a job survives the weights:
 
 Time counts from the fault until the last process of the job is gone, the data loader's included, without the timeout
 that the job was given to notice it (0 where it needed less); for a restart, until every stage has done its first step
-after it, without the time that the job's first start took (it imports torch again, and so on). Faults of the link need
-root (namespaces and TUN devices), a full disk a mount namespace.
+after it, which may take as long as the job's first start (it imports torch again, and so on) on top of the limit.
+Faults of the link need root (namespaces and TUN devices), a full disk a mount namespace.
 """
 
 from __future__ import annotations
@@ -105,13 +105,13 @@ def run(spec: dict[str, Any], digests: dict[str, str], limits: dict[str, float])
         seconds = None
         marked = folder / "fault"
         if marked.exists() and spec["kind"] not in ("pause", "late", "full disk", *LINK_BACK):
-            fault = float(marked.read_text())
+            fault, allowed_s = float(marked.read_text()), limits[spec["launcher"]]
             seconds = gone - fault - PATIENCE_S.get(spec["kind"], 0.0)
             if spec["kind"] == "restart":
-                first_start_s = min(fault, _latest(folder, "first.0.*", default=fault)) - began
-                seconds = _latest(folder, "first.1.*", default=gone) - fault - first_start_s
+                seconds = _latest(folder, "first.1.*", default=gone) - fault
+                allowed_s += min(fault, _latest(folder, "first.0.*", default=fault)) - began
             seconds = max(0.0, seconds)
-            if seconds > limits[spec["launcher"]]:
+            if seconds > allowed_s:
                 complaints.append(f"took {seconds:.1f} s")
         elif not marked.exists() and spec["kind"] not in ("nothing", "loss and delay"):
             complaints.append("never came to its fault")

@@ -174,6 +174,7 @@ class TestSilence:
         assert str(cause).startswith(
             "stage 0 stops because stage 1 failed, batch 8, forward: ReceiveTimeout: stage 1 has shown no sign"
         )
+        assert str(cause).endswith("gone. stage 0 is in receive gradient of batch 7. Look at the log of rank 1 first.")
         record = json.loads(store.get(failure_key()))
         assert (record["rank"], record["who"], record["batch"], record["action"]) == (1, "stage 1", 8, "forward")
         watching.stop()

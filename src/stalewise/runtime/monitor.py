@@ -224,9 +224,11 @@ class Monitor:
 
     def _miss(self, rank: int, sight: _Sight) -> None:
         """Leave a record for a rank that can leave none, and stop because of it."""
+        doing = describe_doing(self._status())
         text = (
             f"{sight.who} has shown no sign of life for {self._silent_s(sight):.1f} s. It was stopped, it hangs "
-            f"outside of Python, or its host or the network to it is gone. Look at the log of rank {rank} first."
+            f"outside of Python, or its host or the network to it is gone. "
+            f"{f'{self._who} is {doing}. ' if doing else ''}Look at the log of rank {rank} first."
         )
         first = record_failure(
             ReceiveTimeout(text),
