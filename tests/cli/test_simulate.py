@@ -107,6 +107,13 @@ def test_a_run_whose_plan_decided_what_stages_keep(tmp_path: Path) -> None:
     assert "simulated: +0." in (text := simulate("--from", str(run)).stdout) or "simulated: -0." in text
 
 
+def test_many_stages_are_told_in_few_words() -> None:
+    text = simulate("--stages", "64", "--batches", "300").stdout
+    assert text.startswith("dsp over 64 stages, staleness 126 .. 0, 300 batches\n")
+    assert "utilisation    mean 99.6%, least 75.0% (stage 63)" in text
+    assert max(map(len, text.splitlines())) < 120
+
+
 def test_steps_that_vary_cost_more_than_their_mean() -> None:
     calm, varied = (answer("--staleness", "4,2,0", "--jitter", jitter, "--replicas", "4") for jitter in ("0", "0.4"))
     assert calm["slow_down"] == pytest.approx(0.0, abs=1e-3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from stalewise.experiments.simulation import MeasuredRun
@@ -9,6 +10,9 @@ from stalewise.methods import Method
 from stalewise.timing import Outcome
 
 __all__ = ["simulation_text"]
+
+LISTED_STAGES = 16
+"""Of more stages the text gives the range."""
 
 
 def simulation_text(
@@ -24,7 +28,7 @@ def simulation_text(
     """
     timetable = outcome.timetable
     step_ms = 1e3 * outcome.step_s
-    lines = [f"{method}, staleness {method.staleness}, {timetable.num_batches} batches"]
+    lines = [f"{_named(method)}, {timetable.num_batches} batches"]
     lines.append(f"step time      {_milliseconds(step_ms)}{_interval(outcome)}")
     if step_ms:
         samples = "" if run is None else f", {1e3 * run.batch_size / step_ms:.1f} samples/s"
@@ -40,11 +44,25 @@ def simulation_text(
     )
     lines.append(f"bottleneck     {outcome.bottleneck}")
     lines.append(f"whole run      {_milliseconds(1e-6 * float(timetable.total_ns.mean()))} with warm-up and drain")
-    shares = enumerate(outcome.utilisation)
-    lines.append("utilisation    " + ", ".join(f"stage {stage} {100 * share:.1f}%" for stage, share in shares))
+    lines.append(f"utilisation    {_shares(outcome.utilisation)}")
     if out is not None:
         lines.append(f"written        {out}")
     return "\n".join(lines)
+
+
+def _named(method: Method) -> str:
+    if method.num_stages <= LISTED_STAGES:
+        return f"{method}, staleness {method.staleness}"
+    depths = list(method.staleness)
+    return f"{method.name} over {method.num_stages:,} stages, staleness {depths[0]} .. {depths[-1]}"
+
+
+def _shares(utilisation: Sequence[float]) -> str:
+    if len(utilisation) <= LISTED_STAGES:
+        return ", ".join(f"stage {stage} {100 * share:.1f}%" for stage, share in enumerate(utilisation))
+    least = min(range(len(utilisation)), key=utilisation.__getitem__)
+    mean = sum(utilisation) / len(utilisation)
+    return f"mean {100 * mean:.1f}%, least {100 * utilisation[least]:.1f}% (stage {least})"
 
 
 def _interval(outcome: Outcome) -> str:
