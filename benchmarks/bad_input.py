@@ -119,6 +119,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tries", type=int, default=10_000, help="in all (default 10000)")
     parser.add_argument("--seed", type=int, default=0, help="of the tries (default 0)")
+    parser.add_argument("--first", type=int, default=0, help="number of the first try, to share them (default 0)")
     parser.add_argument("--kinds", help=f"of {', '.join(KINDS)} (default: all)")
     parser.add_argument("--only", type=int, help="the number of a single try, which prints what it gives")
     arguments = parser.parse_args()
@@ -126,7 +127,7 @@ def main() -> int:
     torch.set_num_threads(1)
     kinds = {name: KINDS[name] for name in (arguments.kinds.split(",") if arguments.kinds else KINDS)}
     counts: dict[str, Counter[str]] = {kind: Counter() for kind in kinds}
-    numbers = range(arguments.tries) if arguments.only is None else [arguments.only]
+    numbers = range(arguments.first, arguments.first + arguments.tries) if arguments.only is None else [arguments.only]
     shown: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as scratch:
         os.chdir(scratch)

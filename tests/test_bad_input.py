@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from random import Random
 
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import stalewise
+from stalewise.checkpoint.batch_file import read_batch
 from stalewise.methods import build_method
 
 FEW = {"commands": 15, "data files": 24, "run folders": 4, "output folders": 8}
@@ -79,6 +81,18 @@ def test_exit_codes_are_those_of_the_entry_point(tmp_path: Path, monkeypatch: py
     with pytest.raises(stalewise.ConfigError, match="is not empty"):
         bad_commands.obey([*line, "--out", "."])
     bad_commands.obey(["program", "--stages", "2"])
+
+
+def test_a_loss_that_is_not_finite_ends_a_run_as_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    wild = ["train", *bad_commands.RUN, "--lr", "1e25", "--lr-schedule", "constant", "--display", "quiet"]
+    with pytest.raises(bad_commands.Wrong, match=r"exit code 1: .*(?s:.)*run.nonfinite.batch-1.json"):
+        bad_commands.obey([*wild, "--out", "run"])
+    inputs, target = read_batch(tmp_path / "run" / "nonfinite" / "batch-1.json")
+    assert (len(inputs), len(target)) == (16, 16)
+    bad_commands.obey([*wild, "--on-nan", "skip", "--out", "skipped"])
+    summary = json.loads((tmp_path / "skipped" / "summary.json").read_text())
+    assert (summary["batches"], summary["skipped_batches"]) == (2, 1)
 
 
 sizes = st.integers(0, 5)

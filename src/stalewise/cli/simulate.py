@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from stalewise.errors import ConfigError
 from stalewise.experiments.config import parse_numbers, parse_options
 from stalewise.experiments.run_lock import locked_folder
 from stalewise.experiments.run_writer import prepare_run_folder
@@ -29,7 +30,9 @@ Text = str | None
 
 def simulate(
     method: Annotated[Text, typer.Option(help=f"One of {', '.join(METHOD_NAMES)}; default: dsp, or the run's.")] = None,
-    stages: Annotated[int, typer.Option(help="Number of stages.")] = 3,
+    stages: Annotated[
+        int | None, typer.Option(help="Number of stages; default: as --staleness or the run says, else 3.")
+    ] = None,
     queue: Annotated[Text, typer.Option(help="DSP: slack of each activation queue, such as 1,1,0.")] = None,
     staleness: Annotated[Text, typer.Option(help="DSP: staleness of each stage, such as 4,2,0.")] = None,
     option: Annotated[list[str] | None, typer.Option(help="Of the method, as for train; repeat it.")] = None,
@@ -100,14 +103,20 @@ def simulate(
 
 
 def _method(
-    run: MeasuredRun | None, name: Text, stages: int, queue: Text, staleness: Text, option: list[str] | None
+    run: MeasuredRun | None, name: Text, stages: int | None, queue: Text, staleness: Text, option: list[str] | None
 ) -> Method:
-    if run is not None and name is None and not (queue or staleness or option):
+    if run is not None and name is None and stages is None and not (queue or staleness or option):
         return run.method
     depths = parse_numbers(staleness, "--staleness")
+    known = len(depths) if depths else run.method.num_stages if run else None
+    if stages is not None and known is not None and stages != known:
+        raise ConfigError(
+            f"--stages is {stages}, and {'--staleness' if depths else 'the run'} has {known}; give one of them, or "
+            "the same."
+        )
     return build_method(
         name or "dsp",
-        num_stages=len(depths) if depths else run.method.num_stages if run else stages,
+        num_stages=known or (3 if stages is None else stages),
         queue=parse_numbers(queue, "--queue"),
         staleness=depths,
         **parse_options(option or []),

@@ -54,14 +54,13 @@ class Feed:
                 "batches are read within torch.inference_mode(), where nothing can be trained. Leave it before train "
                 "or evaluate; evaluate builds no graphs by itself."
             )
-        values = [_usable(value, "the input of a batch").to(self._device, non_blocking=True) for value in values]
-        targets = [_usable(target, "the target of a batch") for target in targets]
+        values = [_usable(value).to(self._device, non_blocking=True) for value in values]
+        targets = [_usable(target) for target in targets]
         return Activation(values, structure, unflatten(target_structure, targets))
 
 
-def _usable(value: Tensor, what: str) -> Tensor:
+def _usable(value: Tensor) -> Tensor:
     """The tensor; where it was made in inference mode a copy, through which gradients can flow."""
-    check_sendable(value, what)
     return value.clone() if value.is_inference() else value
 
 
@@ -81,7 +80,7 @@ def iterate(batches: Any) -> Iterator[Any]:
 
 
 def check_batch(batch: Any) -> None:
-    """Refuse a batch that is not a pair.
+    """Refuse a batch that is not a pair of trees of dense tensors.
 
     Raises:
         ConfigError: where it is something else.
@@ -92,3 +91,6 @@ def check_batch(batch: Any) -> None:
             f"a batch is a {type(batch).__name__}{size}; it must be a pair (input, target). Pack several inputs into a "
             "tuple or dict: ((a, b), target)."
         )
+    for part, what in zip(batch, ("the input of a batch", "the target of a batch"), strict=True):
+        for value in flatten(part, what)[0]:
+            check_sendable(value, what)

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from stalewise.errors import ConfigError
+from stalewise.errors import ConfigError, ProgramError
 from stalewise.experiments.config import TrainConfig
 from stalewise.protocol.course import Orders, realised_staleness, streams_of
 from stalewise.protocol.program import Program
@@ -51,7 +51,13 @@ def read_orders(path: Path, program: Program) -> Orders:
         )
     for cycle in range(len(orders[0])):
         num_batches = orders[0][cycle].count("F")
-        for violation in run_streams(program, streams_of(program, tuple(orders), cycle), num_batches):
+        try:
+            violations = list(run_streams(program, streams_of(program, tuple(orders), cycle), num_batches))
+        except ProgramError as error:
+            raise ConfigError(
+                f"line {cycle + 1} of the orders in {path / 'order'}: {error} Copy them from the run again."
+            ) from None
+        for violation in violations:
             raise ConfigError(
                 f"line {cycle + 1} of the orders in {path / 'order'} breaks {violation} Copy them from the run again."
             )

@@ -20,6 +20,7 @@ from stalewise.experiments.run_method import run_method
 from stalewise.experiments.run_writer import write_json, write_timeline
 from stalewise.methods import Method
 from stalewise.protocol.actions import Kind
+from stalewise.protocol.numbers import check_real
 from stalewise.report import Timeline, Window, write_chrome_trace
 from stalewise.report.atomic import atomic_text
 from stalewise.report.figures import followed_batch, timeline_picture
@@ -106,6 +107,8 @@ def costs_of(method: Method, milliseconds: Mapping[Kind, Sequence[float]]) -> St
     """
     times: dict[Kind, int | Sequence[int]] = {}
     for kind, values in milliseconds.items():
+        for value in values:
+            check_real(f"the time of a {kind.name.lower()} in ms", value)
         whole = [round(value * 1e6) for value in values]
         times[kind] = whole[0] if len(whole) == 1 else whole
     return StepCosts.of_kinds(method.program(), times)
