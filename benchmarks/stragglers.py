@@ -35,7 +35,9 @@ from sides import TORCH_ROWS, OwnRow, OwnSide, Side, TorchRow, TorchSide, make_t
 from straggler_model import predicted_windows
 
 import stalewise
+from stalewise.protocol.actions import Kind
 from stalewise.protocol.stragglers import Straggler, Stragglers
+from stalewise.protocol.trace import Span
 from stalewise.runtime.exchange import all_gather_json
 from stalewise.runtime.job import current_job
 from stalewise.timing.slow_steps import mean_slowing, mean_times
@@ -61,8 +63,26 @@ OWN_ROWS = (
     named("dsp (10,5,0)", "dsp", staleness=_stairs(5)),
     named("dsp (2,1,0) stored", "dsp", staleness=_stairs(1), activations="stored"),
     named("dsp (4,2,0) stored", "dsp", staleness=_stairs(2), activations="stored"),
+    named("elastic (4,2,0)", "dsp", staleness=_stairs(2), elastic=True),
+    named("elastic (6,3,0)", "dsp", staleness=_stairs(3), elastic=True),
+    named("elastic (10,5,0)", "dsp", staleness=_stairs(5), elastic=True),
+    named("elastic (4,2,0) stored", "dsp", staleness=_stairs(2), activations="stored", elastic=True),
 )
 TORCH_LABELS = ("torch 1F1B", "torch Interleaved1F1B", "torch ZBVZeroBubble")
+
+
+CALM = "calm"
+
+
+def conditions(options: dict[str, Any]) -> dict[str, dict[str, Any] | None]:
+    """Names of what the runs of a round meet, and the straggler of each; None: nothing."""
+    seed = options["seed"]
+    found: dict[str, dict[str, Any] | None] = {CALM: None}
+    for percent in options["slow"]:
+        found[f"+{percent:g}%"] = {"probability": options["probability"], "factor": 1 + percent / 100, "seed": seed}
+    if options["spells"]:
+        found["spells"] = {"probability": 0.02, "factor": 3.0, "duration": 3, "seed": seed}
+    return found
 
 
 class Schedule:
@@ -71,16 +91,17 @@ class Schedule:
     Args:
         options: of the command line.
         depth: largest staleness of all rows.
+
+    Attributes:
+        runs: the name of the condition of each run.
     """
 
     def __init__(self, options: dict[str, Any], depth: int) -> None:
         self.steps: int = options["steps"] + SETTLE + depth
-        self.factors: list[float] = [1.0, *(1 + percent / 100 for percent in options["slow"])]
-        self.runs = self.factors * options["rounds"]
+        self._conditions = conditions(options)
+        self.runs = [*self._conditions] * options["rounds"]
         self.warm_up = 2 * depth + 8
         self._depth = depth
-        self.probability: float = options["probability"]
-        self.seed: int = options["seed"]
 
     def begin(self, run: int) -> int:
         """The first update of a run."""
@@ -92,12 +113,10 @@ class Schedule:
 
     def straggler(self, run: int) -> Straggler | None:
         """Of the updates of a run; None where it is calm."""
-        if self.runs[run] == 1:
+        condition = self._conditions[self.runs[run]]
+        if condition is None:
             return None
-        last = self.window(run)[1] - 1
-        return Straggler(
-            probability=self.probability, factor=self.runs[run], seed=self.seed, first=self.begin(run), last=last
-        )
+        return Straggler(**condition, first=self.begin(run), last=self.window(run)[1] - 1)
 
     def stragglers(self) -> Stragglers:
         """Of all runs."""
@@ -128,9 +147,9 @@ def worker(options: dict[str, Any], out: str) -> None:
         )
         sides[row.label] = side
         ends[row.label] = side.run(schedule.warm_up)
-    for run, factor in enumerate(schedule.runs):
+    for run, name in enumerate(schedule.runs):
         if job.rank == 0:
-            text = f"{time.monotonic() - began:6.0f} s  run {run + 1} of {len(schedule.runs)}: x{factor:g}"
+            text = f"{time.monotonic() - began:6.0f} s  run {run + 1} of {len(schedule.runs)}: {name}"
             print(text, file=sys.stderr, flush=True)
         order = list(sides)
         random.Random(run).shuffle(order)
@@ -147,17 +166,33 @@ def worker(options: dict[str, Any], out: str) -> None:
             "cuts": side.cuts,
             "windows_s": _windows([of_rank[row.label] for of_rank in gathered], schedule),
             "model_s": None,
+            "staleness": None,
         }
         if isinstance(side, OwnSide):
-            calm = [schedule.window(run) for run, factor in enumerate(schedule.runs) if factor == 1]
-            times_ns = mean_times([list(trace) for trace in side.pipeline.traces()], calm)
-            if job.rank == 0:
-                result["model_s"] = predicted_windows(side.pipeline.method, times_ns, schedule)
+            spans = [list(trace) for trace in side.pipeline.traces()]
+            result["staleness"] = [mean_staleness(spans, schedule.window(run)) for run in range(len(schedule.runs))]
+            if job.rank == 0 and side.pipeline.method.elastic_rule is None:
+                calm = [schedule.window(run) for run, name in enumerate(schedule.runs) if name == CALM]
+                result["model_s"] = predicted_windows(side.pipeline.method, mean_times(spans, calm), schedule)
         found.append(result)
         side.close()
     if job.rank == 0:
         floors = [schedule.floor(run, job.world_size) for run in range(len(schedule.runs))]
         Path(out).write_text(json.dumps({"rows": found, "runs": schedule.runs, "floors": floors}))
+
+
+def mean_staleness(spans: Sequence[Sequence[Span]], window: tuple[int, int]) -> float:
+    """Batches by which forwards were ahead of the backwards of some updates: the mean over updates and stages."""
+    depths = []
+    for own in spans[:-1]:
+        newest = update = 0
+        for span in own:
+            if span.kind is Kind.FORWARD:
+                newest = span.batch
+            elif span.kind is Kind.BACKWARD and window[0] <= update < window[1]:
+                depths.append(newest - span.batch)
+            update += span.kind is Kind.UPDATE
+    return statistics.fmean(depths)
 
 
 def _windows(ends: Sequence[Sequence[int]], schedule: Schedule) -> list[float]:
@@ -178,54 +213,58 @@ def _rows(only: Sequence[str]) -> list[OwnRow | TorchRow]:
     return [row for row in known if not only or any(text.lower() in row.label.lower() for text in only)]
 
 
-def slow_downs(windows_s: Sequence[float], runs: Sequence[float], factor: float) -> list[float]:
+def slow_downs(windows_s: Sequence[float], runs: Sequence[str], name: str) -> list[float]:
     """Of each round: the step time over that of the calm run of the same round, minus 1."""
-    per_round = runs.index(1.0, 1) if runs.count(1.0) > 1 else len(runs)
-    place = runs.index(factor)
+    per_round = len(dict.fromkeys(runs))
+    place = runs.index(name)
     return [windows_s[start + place] / windows_s[start] - 1 for start in range(0, len(runs), per_round)]
 
 
 def _print(results: dict[str, Any], options: dict[str, Any]) -> None:
     runs = results["runs"]
-    for factor in dict.fromkeys(runs):
+    for name in dict.fromkeys(runs):
+        of_name = [run for run, other in enumerate(runs) if other == name]
         speeds = {
-            row["label"]: [
-                options["batch_size"] / seconds
-                for seconds, other in zip(row["windows_s"], runs, strict=True)
-                if other == factor
-            ]
-            for row in results["rows"]
+            row["label"]: [options["batch_size"] / row["windows_s"][run] for run in of_name] for row in results["rows"]
         }
-        best_torch = max(
-            (statistics.median(speeds[row["label"]]) for row in results["rows"] if row["torch"]), default=0
-        )
-        floors = [floor for floor, other in zip(results["floors"], runs, strict=True) if other == factor]
+        of_torch = [statistics.median(speeds[row["label"]]) for row in results["rows"] if row["torch"]]
+        best_torch = max(of_torch, default=0.0)
+        floor = statistics.median(results["floors"][run] for run in of_name)
         lines = []
         for row in sorted(results["rows"], key=lambda row: -statistics.median(speeds[row["label"]])):
             own = speeds[row["label"]]
+            stale = (
+                "-" if row["staleness"] is None else f"{statistics.median(row['staleness'][r] for r in of_name):.2f}"
+            )
             line = [row["label"], spread(own, 0), f"{statistics.median(own) / best_torch:.2f}" if best_torch else "-"]
-            if factor != 1:
-                measured = slow_downs(row["windows_s"], runs, factor)
+            line.append(stale)
+            if name != CALM:
+                measured = slow_downs(row["windows_s"], runs, name)
                 line.append(spread([100 * value for value in measured], 1))
                 if row["model_s"] is None:
                     line += ["-", "-"]
                 else:
-                    model = slow_downs(row["model_s"], runs, factor)
+                    model = slow_downs(row["model_s"], runs, name)
                     errors = [100 * (ours - theirs) for ours, theirs in zip(model, measured, strict=True)]
                     line += [f"{100 * statistics.median(model):.1f}", f"{statistics.median(errors):+.1f}"]
             lines.append(line)
-        if factor == 1:
+        head = ["row", "samples/s", "/ best torch", "staleness"]
+        if name == CALM:
             print("\ncalm")
-            print(table(["row", "samples/s", "/ best torch"], lines))
+            print(table(head, lines))
         else:
-            print(f"\nslow steps take {factor:g} times as long; floor {100 * statistics.median(floors):.1f}%")
-            print(table(["row", "samples/s", "/ best torch", "slow-down %", "model %", "model - measured"], lines))
+            print(f"\n{name}: floor {100 * floor:.1f}%")
+            print(table([*head, "slow-down %", "model %", "model - measured"], lines))
 
 
 LEGEND = """
 slow-down: step time over that of the same row in the calm run of the same round; median (min .. max) over rounds.
 floor: mean slow-down of the steps of all stages in the same windows, which no method avoids.
-model: the slow-down that the recurrence gives for the very same slow steps, in points; torch's schedules have none.
+model: the slow-down that the recurrence gives for the very same slow steps, in points; torch's schedules have none, nor
+  have elastic rows, whose order depends on time.
+staleness: realised, mean over the backwards of all stages but the last.
++N%: each step of each stage is slow by N% with the probability above; spells: with probability 2% a stage starts 3 steps
+  at triple time.
 Rows are ranked by samples/s: relative slow-down alone flatters the slowest method."""
 
 
@@ -235,6 +274,7 @@ def main() -> None:
     parser.add_argument("--stages", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--slow", type=float, nargs="+", default=[20, 50, 100, 150], help="slow-downs in percent")
+    parser.add_argument("--spells", action="store_true", help="also spells of 3 steps at triple time")
     parser.add_argument("--probability", type=float, default=1 / 3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=2)

@@ -13,26 +13,39 @@ from typing import Any
 from matplotlib import pyplot as plt
 from matplotlib import rcParams
 
-STYLES = {"torch": ("#b04a3a", "s", "--"), "dsp": ("#2b6cb0", "o", "-"), "other": ("#8a8a8a", "^", ":")}
+STYLES = {
+    "torch": ("#b04a3a", "s", "--"),
+    "dsp": ("#2b6cb0", "o", "-"),
+    "elastic": ("#2f855a", "D", "-"),
+    "other": ("#8a8a8a", "^", ":"),
+}
 
 
 def draw(results: dict[str, Any], target: Path) -> None:
     """Speed left; measured and predicted slow-down right."""
     runs, batch = results["runs"], results["options"]["batch_size"]
-    factors = list(dict.fromkeys(runs))
-    percents = [100 * (factor - 1) for factor in factors]
+    names = [name for name in dict.fromkeys(runs) if name != "spells"]
+    percents = [0.0 if name == "calm" else float(name.strip("+%")) for name in names]
     figure, (speed, slow) = plt.subplots(1, 2, figsize=(11, 5))
     for row in results["rows"]:
-        family = "torch" if row["torch"] else "dsp" if " dsp" in row["label"] else "other"
+        family = (
+            "torch"
+            if row["torch"]
+            else "elastic"
+            if "elastic" in row["label"]
+            else "dsp"
+            if " dsp" in row["label"]
+            else "other"
+        )
         colour, marker, line = STYLES[family]
         alpha = 0.45 if "stored" in row["label"] else 1.0
         label = row["label"].removeprefix("stalewise ")
-        speeds = [batch / median_of(row["windows_s"], runs, factor) for factor in factors]
+        speeds = [batch / median_of(row["windows_s"], runs, name) for name in names]
         speed.plot(percents, speeds, color=colour, marker=marker, linestyle=line, alpha=alpha, markersize=4)
         speed.annotate(label, (percents[-1], speeds[-1]), xytext=(5, -3), textcoords="offset points", fontsize=7)
         if row["model_s"] is not None:
-            measured = [100 * slow_down(row["windows_s"], runs, factor) for factor in factors]
-            model = [100 * slow_down(row["model_s"], runs, factor) for factor in factors]
+            measured = [100 * slow_down(row["windows_s"], runs, name) for name in names]
+            model = [100 * slow_down(row["model_s"], runs, name) for name in names]
             slow.plot(measured, model, color=colour, marker=marker, linestyle="none", alpha=alpha, markersize=5)
     largest = max(slow.get_xlim()[1], slow.get_ylim()[1])
     slow.fill_between([0, largest], [-5, largest - 5], [5, largest + 5], color="#dddddd", label="within 5 points")
@@ -51,15 +64,15 @@ def draw(results: dict[str, Any], target: Path) -> None:
     figure.savefig(target, metadata={"Date": None})
 
 
-def median_of(windows_s: list[float], runs: list[float], factor: float) -> float:
+def median_of(windows_s: list[float], runs: list[str], name: str) -> float:
     """Seconds per step over the rounds."""
-    return statistics.median(seconds for seconds, other in zip(windows_s, runs, strict=True) if other == factor)
+    return statistics.median(seconds for seconds, other in zip(windows_s, runs, strict=True) if other == name)
 
 
-def slow_down(windows_s: list[float], runs: list[float], factor: float) -> float:
+def slow_down(windows_s: list[float], runs: list[str], name: str) -> float:
     """Against the calm run of the same round, in the median."""
-    calm = [seconds for seconds, other in zip(windows_s, runs, strict=True) if other == 1]
-    slowed = [seconds for seconds, other in zip(windows_s, runs, strict=True) if other == factor]
+    calm = [seconds for seconds, other in zip(windows_s, runs, strict=True) if other == "calm"]
+    slowed = [seconds for seconds, other in zip(windows_s, runs, strict=True) if other == name]
     return statistics.median(slow / quiet - 1 for slow, quiet in zip(slowed, calm, strict=True))
 
 

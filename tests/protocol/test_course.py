@@ -81,6 +81,24 @@ def test_a_replay_with_other_batches_is_told() -> None:
         course.did(Kind.FORWARD, 0)
 
 
+def test_the_time_between_two_sessions_makes_no_stage_run_ahead() -> None:
+    for told in (True, False):
+        course, clock = Course(ELASTIC.program(), 0), 0
+        for batch in range(16):
+            if batch == 8:
+                clock += 10_000
+                if told:
+                    course.begin_session()
+            for kind in (Kind.FORWARD, Kind.RECOMPUTE, Kind.BACKWARD):
+                clock += 10
+                course.did(kind, clock)
+        ahead = 0
+        while course.choose(activation_ready=True, gradients_waiting=0) is Kind.FORWARD:
+            course.did(Kind.FORWARD, clock)
+            ahead += 1
+        assert ahead == (3 if told else 5)
+
+
 def test_only_elastic_programs_replay() -> None:
     assert courses_of(BP(3).program(), None) == []
     with pytest.raises(ProgramError, match="not elastic"):

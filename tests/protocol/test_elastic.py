@@ -112,6 +112,17 @@ def test_slow_is_longer_than_the_median_for_a_while() -> None:
     assert not steps.slow, "always slow is the new usual"
 
 
+def test_a_pause_is_no_slow_step() -> None:
+    steps = SlowSteps(factor=1.5, memory=5, hold=2)
+    for time in range(0, 60, 10):
+        steps.updated(time)
+    steps.pause()
+    steps.updated(10_000)
+    assert not steps.slow
+    steps.updated(10_016)
+    assert steps.slow, "what was usual before the pause is still known"
+
+
 def test_the_least_staleness_can_be_given() -> None:
     rule = Elastic(bound=Staleness((6, 3, 0)), least=Staleness((4, 2, 0)))
     assert [rule.least_of(stage) for stage in range(3)] == [4, 2, 0]

@@ -131,6 +131,11 @@ class Course:
         if self._chooser.forwarded:
             self._chooser = self._begin()
 
+    def begin_session(self) -> None:
+        """Batches come again after a pause, whose time is no step's."""
+        if isinstance(self._chooser, ElasticStage):
+            self._chooser.slow_steps.pause()
+
     def choose(self, *, activation_ready: bool, gradients_waiting: int) -> Kind | None:
         """`FORWARD`, `RECOMPUTE`, `BACKWARD`, or None: wait for a message.
 

@@ -123,6 +123,10 @@ class SlowSteps:
             self._times.append(took)
         self._last = time_ns
 
+    def pause(self) -> None:
+        """The stage stands still on purpose, so the time until its next update says nothing."""
+        self._last = None
+
 
 class ElasticStage:
     """The counts of one stage, and what it does next.

@@ -192,6 +192,8 @@ class DistributedEngine(Engine):
                 self._feed = Feed(batches, self.stage.device)
             for receiver in self._links.receivers:
                 receiver.open()
+        if self._elastic is not None:
+            self._elastic.course.begin_session()
 
     def _begin_session(self) -> None:
         self._patience.begin_session()
