@@ -91,6 +91,7 @@ def main() -> None:
     parser.add_argument("--replicas", type=int, default=16)
     parser.add_argument("--policies", nargs="+", default=["elastic"], choices=list(POLICIES))
     parser.add_argument("--only", nargs="+", default=list(SITUATIONS), choices=list(SITUATIONS))
+    parser.add_argument("--also", nargs="+", default=[], metavar="M", help="more fixed settings, such as 4,1,0")
     parser.add_argument(
         "--constants", action="store_true", help="vary how slow a slow update is, and how long it counts"
     )
@@ -111,6 +112,10 @@ def main() -> None:
             ["fixed", str(Staleness(setting)), f"{speed.mean():.4f}", f"{place:.2f}", str(Staleness(setting))[1:-1], ""]
             for setting, speed, place in zip(settings, line, places, strict=True)
         ]
+        for text in options.also:
+            setting = tuple(map(int, text.split(",")))
+            speed, place = fixed(setting, rules, options.batches, replicas), float(np.mean(setting))
+            rows.append(["fixed", str(Staleness(setting)), f"{speed.mean():.4f}", f"{place:.2f}", text, ""])
         for title, name, constants in kinds:
             for bound in bounds:
                 rule = Elastic(bound=Staleness(bound), **constants)  # type: ignore[arg-type]
