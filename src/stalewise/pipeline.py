@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
@@ -42,10 +43,11 @@ from stalewise.engine.stage import LossFunction, Metric, Stage
 from stalewise.engine.tree import unflatten
 from stalewise.errors import ConfigError, SaveError
 from stalewise.methods import Method
+from stalewise.plan.auto_depth import jitter_of_passes, plan_with_depth
 from stalewise.plan.memory import StageMemory
 from stalewise.plan.partition import LayerCost, Partition, check_cuts, fixed_partition
-from stalewise.plan.planner import Plan, plan_stages
-from stalewise.planning import measure, optimizer_copies, parse_bytes, share_batch
+from stalewise.plan.planner import Plan
+from stalewise.planning import JITTER_REPEATS, measure, optimizer_copies, parse_bytes, share_batch
 from stalewise.protocol.course import Orders
 from stalewise.protocol.program import StageProgram
 from stalewise.protocol.stragglers import Straggler, Stragglers
@@ -215,6 +217,11 @@ class Pipeline:
                 raise ConfigError(
                     "memory_limit needs a profile, which says what a stage would hold, and the cuts are given. Use "
                     'partition="profile", or leave memory_limit out.'
+                )
+            if not method.knows_staleness:
+                raise ConfigError(
+                    'staleness is "auto", which needs a profile, and the cuts are given. Use partition="profile", or '
+                    "give the staleness, such as that of an earlier run."
                 )
             cuts = check_cuts(partition, len(self._chain), method.num_stages)
             self._build_fixed(cuts)
@@ -493,11 +500,14 @@ class Pipeline:
                 job=self._job,
                 num_stages=self.method.num_stages,
                 precision=self._precision,
+                repeats=3 if self.method.knows_staleness else JITTER_REPEATS,
             )
             counts_memory = self._memory_limit is not None or not self.method.is_decided
-            self.plan = plan_stages(
+            self.plan = plan_with_depth(
                 measured.layers,
                 self.method,
+                functools.partial(jitter_of_passes, measured.passes),
+                target_bytes=measured.targets,
                 batch=measured.batch(optimizer_copies(self._optimizer) if counts_memory else 1.0),
                 memory_limit=self._memory_limit,
                 slowdowns=measured.slowdowns,
@@ -506,6 +516,8 @@ class Pipeline:
             self._build(self.plan.partition)
             if self.rank == 0 and self._verbose:
                 print(self.plan.partition.table())
+                if self.plan.depth is not None:
+                    print(self.plan.depth.why())
         return batches
 
     def _layer_costs(self) -> list[LayerCost]:

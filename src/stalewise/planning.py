@@ -29,7 +29,10 @@ from stalewise.plan.profile import profile_layers
 from stalewise.runtime.exchange import all_gather_json, broadcast_json, broadcast_tensors
 from stalewise.runtime.job import Job
 
-__all__ = ["Measured", "measure", "optimizer_copies", "parse_bytes", "share_batch"]
+__all__ = ["JITTER_REPEATS", "Measured", "measure", "optimizer_copies", "parse_bytes", "share_batch"]
+
+JITTER_REPEATS = 12
+"""Timed passes of each layer where the variation of steps matters."""
 
 SAME_SPEED = 0.15
 """Devices whose times differ by less count as equally fast: so much may be noise."""
@@ -46,12 +49,14 @@ class Measured:
         slowdowns: of each rank's device against that, 1 for equally fast ones.
         inputs: bytes of the batch's inputs.
         targets: bytes of its targets.
+        passes: [rank][layer][pass], seconds of each timed pass.
     """
 
     layers: tuple[LayerCost, ...]
     slowdowns: tuple[float, ...]
     inputs: int
     targets: int
+    passes: tuple[tuple[tuple[float, ...], ...], ...]
 
     def batch(self, optimizer_copies: float) -> BatchBytes:
         """The sizes of the batch, with those of the optimizer's state."""
@@ -86,6 +91,7 @@ def measure(
     job: Job | None,
     num_stages: int,
     precision: Precision = FULL_PRECISION,
+    repeats: int = 3,
 ) -> Measured:
     """Profile every layer with a batch; collective in a job.
 
@@ -97,13 +103,21 @@ def measure(
         job: of the ranks; None: one process.
         num_stages: K.
         precision: of the passes.
+        repeats: timed passes of each layer, see `profile_layers`.
 
     Raises:
         PlanError: where a layer cannot be timed.
     """
     inputs, targets = batch
     own = profile_layers(
-        chain.layers, inputs, targets, loss_fn, device=device, names=chain.names, region=precision.region
+        chain.layers,
+        inputs,
+        targets,
+        loss_fn,
+        device=device,
+        names=chain.names,
+        region=precision.region,
+        repeats=repeats,
     )
     measured = [own]
     if job is not None:
@@ -119,6 +133,7 @@ def measure(
         else (1.0,) * num_stages,
         inputs=_nbytes(inputs),
         targets=_nbytes(targets),
+        passes=tuple(tuple(tuple(cost.passes_s or ()) for cost in costs) for costs in measured),
     )
 
 
@@ -161,7 +176,10 @@ def _middle(same: Sequence[LayerCost]) -> LayerCost:
     """One layer, measured on several devices."""
     forward = [cost.forward_s for cost in same if cost.forward_s is not None]
     backward = [cost.backward_s for cost in same if cost.backward_s is not None]
-    return replace(same[0], forward_s=statistics.median(forward), backward_s=statistics.median(backward))
+    passes = None if same[0].passes_s is None else tuple(same[0].passes_s)
+    return replace(
+        same[0], forward_s=statistics.median(forward), backward_s=statistics.median(backward), passes_s=passes
+    )
 
 
 def _total_s(layers: Sequence[LayerCost]) -> float:

@@ -130,6 +130,31 @@ def test_an_elastic_run_is_replayed_from_its_folder(tmp_path: Path) -> None:
     assert "different numbers of lines" in broken.stderr
 
 
+def test_the_plan_chooses_the_staleness_of_a_run(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    tiny = ["profile" if word == "2,3" else word for word in TINY]
+    done = stalewise(
+        *("train", *tiny, "--staleness", "auto", "--option", "elastic=true", "--engine", "sequential"),
+        *("--out", str(folder)),
+    )
+    assert done.returncode == 0, done.stderr
+    chosen = json.loads((folder / "partition.json").read_text())
+    depths = chosen["staleness"]["staleness"]
+    assert len(depths) == 3
+    assert depths[-1] == 0
+    assert chosen["why"] in done.stdout
+    assert chosen["why"].startswith(f"staleness ({','.join(map(str, depths))}) chosen")
+    assert "The plan chose the staleness" in (folder / "report.html").read_text()
+    assert json.loads((folder / "config.json").read_text())["staleness"] == depths
+    # What is known of the run from now on is enough to repeat it.
+    again = stalewise("train", "--replay", str(folder), "--engine", "sequential", "--out", str(tmp_path / "again"))
+    assert again.returncode == 0, again.stderr
+    assert losses(tmp_path / "again") == losses(folder)
+    refused = stalewise("train", *TINY, "--staleness", "auto", "--out", str(tmp_path / "cuts"))
+    assert refused.returncode != 0
+    assert "needs a profile" in refused.stderr
+
+
 def test_a_run_of_fixed_staleness_is_not_replayed(sequential_run: Path, tmp_path: Path) -> None:
     done = stalewise("train", "--replay", str(sequential_run), "--out", str(tmp_path / "run"))
     assert done.returncode == 2

@@ -57,6 +57,7 @@ def profile(count: int = 9, **changes: Any) -> ModelProfile:
         one_process_s=0.090,
         data_parallel_s=0.080,
         batch_size=64,
+        passes=(((0.030, 0.030, 0.030),) * count,) * 3,
     )
     return replace(made, **changes)
 
@@ -131,6 +132,25 @@ class TestSpeedsOfARun:
         assert speeds.slowdowns == pytest.approx((1.05, 2.0, 1.05), rel=0.06)
         planned = plan_run(found, DSP.minimal(3, activations="stored"), slowdowns=speeds.slowdowns)
         assert planned.plan.partition.cuts == (5, 7)
+
+    def test_the_jitter_of_its_steps_is_what_a_staleness_is_chosen_by(self, tmp_path: Path) -> None:
+        found = profile(12)
+        write_run(tmp_path / "run", (4, 8), (1.0, 1.0, 1.0), found)
+        speeds = read_run_speeds(tmp_path / "run", found)
+        assert speeds.jitter.in_order
+        assert {round(factor, 6) for factor in speeds.jitter.factors[0]} == {1.0, 5.0}
+        auto = DSP(staleness="auto", num_stages=3, activations="stored")
+        calm = plan_run(found, auto)
+        assert calm.plan.depth is not None
+        assert calm.plan.depth.staleness == (2, 1, 0), "the passes of the profile are all alike"
+        slow = replace(speeds.jitter, factors=(speeds.jitter.factors[0], *[(1.0, 1.0, 1.0, 5.0, 1.0)] * 2))
+        deep = plan_run(found, auto, jitter=slow)
+        assert deep.plan.depth is not None
+        assert sum(deep.plan.depth.staleness) > 3
+        assert deep.plan.memory is not None
+        assert calm.plan.memory is not None
+        assert deep.plan.memory[0].total > calm.plan.memory[0].total, "memory is that of the staleness that was chosen"
+        assert deep.as_dict()["staleness"]["staleness"] == list(deep.plan.method.staleness)
 
     def test_a_folder_without_a_run(self, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="holds no finished run"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json as json_module
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +14,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from stalewise.experiments.config import TrainConfig, parse_numbers, parse_options
+from stalewise.experiments.config import TrainConfig, parse_numbers, parse_options, parse_staleness
 from stalewise.experiments.link_options import parse_bandwidth, parse_seconds
 from stalewise.experiments.profiling import profile_run
 from stalewise.experiments.run_method import run_method
@@ -34,7 +35,9 @@ def plan(
     data_dir: Annotated[str | None, typer.Option(help="As for train.")] = None,
     stages: Annotated[int, typer.Option(help="Stages, a process each.")] = 3,
     method: Annotated[str, typer.Option(help=f"One of {', '.join(METHOD_NAMES)}.")] = "dsp",
-    staleness: Annotated[str | None, typer.Option(help="DSP: staleness of each stage, such as 4,2,0.")] = None,
+    staleness: Annotated[
+        str | None, typer.Option(help="DSP: staleness of each stage, such as 4,2,0; or auto, as for train.")
+    ] = None,
     option: Annotated[
         list[str] | None,
         typer.Option(help="Of the method; DSP's activations are left to the plan unless they are given."),
@@ -66,6 +69,8 @@ def plan(
     options = parse_options(option or [])
     if run is not None:
         config = TrainConfig.read(run / "config.json")
+        if staleness is not None:
+            config = replace(config, staleness=parse_staleness(staleness), queue=None, partition="profile")
     else:
         if method == "dsp":
             options.setdefault("activations", "auto")
@@ -75,7 +80,7 @@ def plan(
             data_dir=data_dir,
             method=method,
             stages=stages,
-            staleness=parse_numbers(staleness, "--staleness"),
+            staleness=parse_staleness(staleness),
             options=options,
             batch_size=batch_size,
             device=device,
@@ -96,11 +101,12 @@ def plan(
         memory_limit=limit,
         link=link,
         slowdowns=None if speeds is None else speeds.slowdowns,
+        jitter=None if speeds is None else speeds.jitter,
         cuts=None if partition == "profile" else parse_numbers(partition, "--partition"),
     )
     before = None
     if run is not None and speeds is not None:
-        went = run_method(run, config)
+        went = run_method(run, TrainConfig.read(run / "config.json"))
         before = plan_run(profile, went, link=link, slowdowns=speeds.slowdowns, cuts=speeds.cuts)
     if json:
         described = planned.as_dict()
@@ -143,6 +149,7 @@ def _in_words(planned: PlannedRun, before: PlannedRun | None) -> Text:
     samples = planned.profile.batch_size / planned.step_s if planned.step_s else 0.0
     lines = [
         f"step: {1e3 * planned.step_s:.1f} ms predicted, {samples:,.0f} samples/s; the pace is set by {planned.pace}",
+        *([] if planned.plan.depth is None else [planned.plan.depth.why()]),
         *planned.advice(),
     ]
     if before is not None:
@@ -164,7 +171,7 @@ def _command(config: TrainConfig, planned: PlannedRun) -> str:
     words = ["stalewise", "train", "--model", config.model, "--data", config.data, "--stages", str(config.stages)]
     words += ["--method", config.method, "--batch-size", str(config.batch_size)]
     if config.staleness is not None:
-        words += ["--staleness", ",".join(map(str, config.staleness))]
+        words += ["--staleness", ",".join(map(str, method.staleness))]
     for name, value in options.items():
         words += ["--option", f"{name}={value if isinstance(value, str) else json_module.dumps(value)}"]
     if config.autocast is not None:

@@ -19,6 +19,7 @@ from stalewise.experiments.config import (
     parse_fractions,
     parse_numbers,
     parse_options,
+    parse_staleness,
 )
 from stalewise.experiments.replay import replayed_config
 from stalewise.experiments.run_lock import locked_folder
@@ -51,7 +52,11 @@ def train(
     method: Annotated[str, typer.Option(help=f"One of {', '.join(METHOD_NAMES)}.")] = "dsp",
     queue: Annotated[Text, typer.Option(help="DSP: slack of each activation queue in batches, such as 1,1,0.")] = None,
     staleness: Annotated[
-        Text, typer.Option(help="DSP: batches between forward and backward of each stage, such as 4,2,0.")
+        Text,
+        typer.Option(
+            help="DSP: batches between forward and backward of each stage, such as 4,2,0; or auto, the least that the "
+            "measured jitter allows."
+        ),
     ] = None,
     option: Annotated[
         list[str] | None, typer.Option(help="Of the method, such as micro_batches=8 or activations=stored; repeat it.")
@@ -155,7 +160,7 @@ def train(
         method=method,
         stages=stages,
         queue=parse_numbers(queue, "--queue"),
-        staleness=parse_numbers(staleness, "--staleness"),
+        staleness=parse_staleness(staleness),
         options=parse_options(option or []),
         epochs=epochs,
         batch_size=batch_size,

@@ -34,7 +34,7 @@ class TrainConfig:
         method: name; see `stalewise.methods.build_method`.
         stages: K.
         queue: p_k, or None for the method's own.
-        staleness: m_k, or None for the method's own.
+        staleness: m_k; "auto" leaves it to the plan (see `stalewise.plan.depth`); None for the method's own.
         options: of the method, beside these; see `stalewise.methods.method_options`.
         epochs: passes over the training set.
         batch_size: samples per batch.
@@ -79,7 +79,7 @@ class TrainConfig:
     method: str = "dsp"
     stages: int = 3
     queue: tuple[int, ...] | None = None
-    staleness: tuple[int, ...] | None = None
+    staleness: tuple[int, ...] | str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     epochs: int = 10
     batch_size: int = 64
@@ -159,8 +159,10 @@ class TrainConfig:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON values, with the method's depths filled in."""
+        """JSON values, with the method's depths filled in where they are known."""
         method = self.build_method()
+        if not method.knows_staleness:
+            return asdict(self)
         described: dict[str, Any] = {"staleness": list(method.staleness), "slack": list(method.staleness.slack)}
         for name in ("queue", "gradient_queue"):
             if hasattr(method, name):
@@ -205,6 +207,15 @@ def parse_numbers(text: str | None, option: str) -> tuple[int, ...] | None:
         if not entry.lstrip("-").isdigit():
             raise ConfigError(f"{option} {text!r} has the entry {entry!r}; give whole numbers such as 4,2,0.")
     return tuple(int(entry) for entry in entries)
+
+
+def parse_staleness(text: str | None) -> tuple[int, ...] | str | None:
+    """`"4,2,0"` as (4, 2, 0), `"auto"` as it is.
+
+    Raises:
+        ConfigError: see `parse_numbers`.
+    """
+    return text if text == "auto" else parse_numbers(text, "--staleness")
 
 
 def parse_fractions(text: str, option: str) -> tuple[float, ...]:

@@ -35,8 +35,13 @@ def check_types(config: Any) -> None:
     if not isinstance(config.options, Mapping) or not all(isinstance(name, str) for name in config.options):
         raise ConfigError(f"options is {config.options!r}; it must be names with values, such as micro_batches=8.")
     for name in ("queue", "staleness"):
-        if getattr(config, name) is not None:
+        if getattr(config, name) is not None and (name, config.staleness) != ("staleness", "auto"):
             whole_numbers(name, getattr(config, name))
+    if config.staleness == "auto" and config.partition != "profile":
+        raise ConfigError(
+            'staleness is "auto", which needs a profile, and the cuts are given. Use partition="profile", or give the '
+            "staleness, such as 4,2,0."
+        )
     if config.memory_limit is not None:
         parse_bytes(config.memory_limit)
     if not 0 <= config.seed < 2**64:

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Table
 
 from stalewise.experiments.config import TrainConfig
+from stalewise.plan.depth import Depth
 from stalewise.plan.partition import Partition
 from stalewise.protocol.bottleneck import Bottleneck
 
@@ -52,8 +53,8 @@ class Display:
     def begin(self, config: TrainConfig, num_batches: int, num_samples: int) -> None:
         """The run begins; an epoch has so many batches and samples."""
 
-    def partition(self, partition: Partition) -> None:
-        """The cuts are known."""
+    def partition(self, partition: Partition, depth: Depth | None = None) -> None:
+        """The cuts are known, and the staleness where the plan chose it."""
 
     def show(self, record: dict[str, Any], statuses: Sequence[dict[str, Any]]) -> None:
         """A record of `metrics.jsonl`, and how each stage is doing."""
@@ -71,8 +72,9 @@ class JsonDisplay(Display):
     def begin(self, config: TrainConfig, num_batches: int, num_samples: int) -> None:
         self._print({"event": "begin", "config": config.as_dict(), "batches_per_epoch": num_batches})
 
-    def partition(self, partition: Partition) -> None:
-        self._print({"event": "partition", **partition.as_dict()})
+    def partition(self, partition: Partition, depth: Depth | None = None) -> None:
+        chosen = {} if depth is None else {"staleness": depth.as_dict()}
+        self._print({"event": "partition", **partition.as_dict(), **chosen})
 
     def show(self, record: dict[str, Any], statuses: Sequence[dict[str, Any]]) -> None:
         if record["event"] == "epoch":
@@ -104,8 +106,10 @@ class PlainDisplay(Display):
         self._epochs = config.epochs
         self._console.print(describe(config, num_batches, num_samples))
 
-    def partition(self, partition: Partition) -> None:
+    def partition(self, partition: Partition, depth: Depth | None = None) -> None:
         self._console.print(partition.table())
+        if depth is not None:
+            self._console.print(depth.why())
 
     def show(self, record: dict[str, Any], statuses: Sequence[dict[str, Any]]) -> None:
         if record["event"] == "epoch":
@@ -279,9 +283,10 @@ def stage_table(rates: Sequence[StageRate]) -> Table:
 def describe(config: TrainConfig, num_batches: int, num_samples: int) -> str:
     """The run in a sentence."""
     method = config.build_method()
+    stale = method.staleness if method.knows_staleness else "as the plan chooses"
     return (
         f"{config.model} on {config.data} ({num_samples} samples, {num_batches} batches of {config.batch_size} "
-        f"an epoch), {config.method} with staleness {method.staleness} on {config.stages} stages, {config.engine}"
+        f"an epoch), {config.method} with staleness {stale} on {config.stages} stages, {config.engine}"
     )
 
 

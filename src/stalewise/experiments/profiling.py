@@ -39,7 +39,7 @@ from stalewise.plan.partition import LayerCost
 from stalewise.plan.planner import BatchBytes
 from stalewise.plan.profile import profile_layers
 from stalewise.plan.tree import map_tensors
-from stalewise.planning import measure, optimizer_copies, share_batch
+from stalewise.planning import JITTER_REPEATS, measure, optimizer_copies, share_batch
 from stalewise.runtime.exchange import all_gather_json, broadcast_json
 from stalewise.runtime.job import Job, current_job
 from stalewise.runtime.launch import launch
@@ -78,6 +78,7 @@ class ModelProfile:
         one_process_s: forward and backward of a batch in one process with all cores.
         data_parallel_s: forward and backward of a K-th of a batch in each of K processes, the slowest one.
         batch_size: samples.
+        passes: [rank][layer][pass], seconds of each timed pass: how much they vary.
     """
 
     layers: tuple[LayerCost, ...]
@@ -91,6 +92,7 @@ class ModelProfile:
     one_process_s: float
     data_parallel_s: float | None
     batch_size: int
+    passes: tuple[tuple[tuple[float, ...], ...], ...]
 
     @property
     def batch(self) -> BatchBytes:
@@ -104,8 +106,12 @@ class ModelProfile:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ModelProfile:
         """What `as_dict` gave."""
-        layers = tuple(LayerCost(**layer) for layer in values["layers"])
-        return cls(**{**values, "layers": layers, "slowdowns": tuple(values["slowdowns"])})
+        layers = tuple(
+            LayerCost(**{**layer, "passes_s": None if layer["passes_s"] is None else tuple(layer["passes_s"])})
+            for layer in values["layers"]
+        )
+        passes = tuple(tuple(map(tuple, of_rank)) for of_rank in values["passes"])
+        return cls(**{**values, "layers": layers, "slowdowns": tuple(values["slowdowns"]), "passes": passes})
 
 
 def profile_run(config: TrainConfig, *, refresh: bool = False) -> tuple[ModelProfile, Path, bool]:
@@ -165,7 +171,14 @@ def measure_run(config: TrainConfig, job: Job) -> ModelProfile:
     chain = Chain(build_run_model(config, num_classes=num_classes)).built()
     precision = Precision(config.autocast)
     measured = measure(
-        chain, batch, cross_entropy, device=device, job=job, num_stages=job.world_size, precision=precision
+        chain,
+        batch,
+        cross_entropy,
+        device=device,
+        job=job,
+        num_stages=job.world_size,
+        precision=precision,
+        repeats=JITTER_REPEATS,
     )
 
     def total_s(samples: int) -> float:
@@ -201,6 +214,7 @@ def measure_run(config: TrainConfig, job: Job) -> ModelProfile:
         one_process_s=broadcast_json(one_process_s, 0, job.group),
         data_parallel_s=data_parallel_s,
         batch_size=config.batch_size,
+        passes=measured.passes,
     )
 
 

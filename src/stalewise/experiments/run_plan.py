@@ -10,9 +10,10 @@ from typing import Any
 
 from stalewise.experiments.profiling import ModelProfile
 from stalewise.methods import Method
-from stalewise.plan.planner import Link, Plan, plan_stages
-from stalewise.protocol.actions import Kind
-from stalewise.timing import LinkCost, Links, StepCosts, TimedProgram
+from stalewise.plan.auto_depth import jitter_of_passes, plan_links, plan_times, plan_with_depth
+from stalewise.plan.depth import Jitter
+from stalewise.plan.planner import Link, Plan
+from stalewise.timing import StepCosts, TimedProgram
 
 __all__ = ["PlannedRun", "plan_run", "predict_step"]
 
@@ -70,6 +71,7 @@ class PlannedRun:
             "step_s": self.step_s,
             "samples_per_s": self.profile.batch_size / self.step_s if self.step_s else None,
             "pace": self.pace,
+            "staleness": None if plan.depth is None else plan.depth.as_dict(),
             "memory_limit": plan.memory_limit,
             "link": {"bytes_per_s": _finite(plan.link.bytes_per_s), "latency_s": plan.link.latency_s},
             "one_process_s": self.one_process_s,
@@ -105,6 +107,7 @@ def plan_run(
     link: Link | None = None,
     slowdowns: Sequence[float] | None = None,
     cuts: Sequence[int] | None = None,
+    jitter: Jitter | None = None,
 ) -> PlannedRun:
     """The fastest plan, and what it is predicted to do.
 
@@ -115,14 +118,17 @@ def plan_run(
         link: instead of the measured one.
         slowdowns: instead of the measured ones.
         cuts: instead of the best ones.
+        jitter: of the stages, instead of what the profile's passes show; for a method that leaves its staleness open.
 
     Raises:
         PlanError: where nothing fits.
     """
     joined = link or Link(bytes_per_s=profile.link_bytes_per_s, latency_s=profile.link_latency_s)
-    plan = plan_stages(
+    plan = plan_with_depth(
         profile.layers,
         method,
+        lambda found: jitter or jitter_of_passes(profile.passes, found),
+        target_bytes=profile.targets,
         batch=profile.batch,
         memory_limit=memory_limit,
         slowdowns=slowdowns or profile.slowdowns,
@@ -151,23 +157,7 @@ def plan_run(
 def predict_step(plan: Plan, *, target_bytes: int = 0) -> tuple[float, str]:
     """Seconds per step in the steady state, exactly for the plan's times, and who sets the pace."""
     program = plan.method.program()
-    stages = plan.partition.stages
-    times_ns = {
-        kind: [
-            round(1e9 * (cost or 0.0) * slowdown)
-            for cost, slowdown in zip((getattr(stage, field) for stage in stages), plan.slowdowns, strict=True)
-        ]
-        for kind, field in ((Kind.FORWARD, "forward_s"), (Kind.BACKWARD, "backward_s"))
-    }
-    times_ns[Kind.RECOMPUTE] = times_ns[Kind.FORWARD]
-    sizes = [plan.partition.layers[cut - 1].output_bytes or 0 for cut in plan.partition.cuts]
-    speed = {"latency_s": plan.link.latency_s, "bytes_per_s": plan.link.bytes_per_s}
-    links = Links(
-        activations=tuple(LinkCost.of_bytes(size + target_bytes, **speed) for size in sizes),
-        gradients=tuple(LinkCost.of_bytes(size, **speed) for size in sizes),
-        token=LinkCost(latency_ns=round(1e9 * plan.link.latency_s)),
-    )
-    timed = TimedProgram(program, StepCosts.of_kinds(program, times_ns), links)
+    timed = TimedProgram(program, StepCosts.of_kinds(program, plan_times(plan)), plan_links(plan, target_bytes))
     cycle = timed.cycle()
     return float(cycle.step_ns) / 1e9, timed.describe(cycle)
 

@@ -11,9 +11,15 @@ import numpy as np
 
 from stalewise.errors import ConfigError
 from stalewise.experiments.profiling import ModelProfile
+from stalewise.plan.depth import Jitter
 from stalewise.plan.partition import check_cuts
-from stalewise.protocol.actions import Kind
+from stalewise.protocol.actions import COMPUTE, Kind
+from stalewise.protocol.trace import KIND_CODES
 from stalewise.report import Timeline
+from stalewise.report.timeline import StageSpans
+
+MOST_STEPS = 1000
+"""Of a run, whose jitter counts."""
 
 __all__ = ["RunSpeeds", "read_run_speeds"]
 
@@ -28,10 +34,12 @@ class RunSpeeds:
     Args:
         cuts: with which it ran.
         slowdowns: of each stage against the profile.
+        jitter: of its steps, one after another.
     """
 
     cuts: tuple[int, ...]
     slowdowns: tuple[float, ...]
+    jitter: Jitter
 
 
 def read_run_speeds(folder: Path, profile: ModelProfile) -> RunSpeeds:
@@ -68,4 +76,18 @@ def read_run_speeds(folder: Path, profile: ModelProfile) -> RunSpeeds:
     return RunSpeeds(
         cuts=cuts,
         slowdowns=tuple(usual if abs(ratio / usual - 1) < SAME_SPEED else ratio for ratio in ratios),
+        jitter=Jitter.of_times([_step_times(spans) for spans in timeline.stages], in_order=True),
     )
+
+
+def _step_times(spans: StageSpans) -> list[float]:
+    """Nanoseconds that a stage computed between two updates, step by step, from the middle of the run."""
+    kinds = np.array([kind in COMPUTE for kind in KIND_CODES])[spans.kind]
+    spent = np.cumsum(np.where(kinds, spans.end_ns - spans.start_ns, 0))
+    at_updates = spent[spans.kind == KIND_CODES.index(Kind.UPDATE)]
+    steps = np.diff(at_updates)
+    # The first steps fill the pipeline, the last ones drain it.
+    skipped = min(len(steps) // 10, 50)
+    steps = steps[skipped : len(steps) - skipped]
+    middle = max(len(steps) - MOST_STEPS, 0) // 2
+    return [float(step) for step in steps[middle : middle + MOST_STEPS]]

@@ -11,6 +11,7 @@ import math
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -314,15 +315,22 @@ class _Recorder:
         partition = self._pipeline.partition
         assert partition is not None
         fixed = isinstance(self._config.partition, tuple)
+        depth = None if self._pipeline.plan is None else self._pipeline.plan.depth
+        chosen = {} if depth is None else {"staleness": depth.as_dict(), "why": depth.why()}
         write_json(
             self._writer.path / "partition.json",
             {
                 "method": "fixed" if fixed else "profile",
                 "activations": kept_activations(self._pipeline.method),
                 **partition.as_dict(),
+                **chosen,
             },
         )
-        self._display.partition(partition)
+        if depth is not None:
+            # From now on the run is one of this staleness: for those who resume, replay or report it.
+            decided = replace(self._config, staleness=depth.staleness)
+            write_json(self._writer.path / "config.json", decided.as_dict())
+        self._display.partition(partition, depth)
 
     def _evaluate(self) -> float:
         split = self._data

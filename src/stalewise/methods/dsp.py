@@ -15,6 +15,7 @@ Variants (ours, beyond the paper), on any staleness:
     activations=(.., ..)   one of the two for each stage; "auto" leaves it to a plan (`plan.planner`), which stores
                            where that makes a step shorter and the memory allows it.
     accumulate=M           one U per M batches, with the mean of their gradients.
+    staleness="auto"       a plan chooses the smallest m that its measured jitter allows (`plan.depth`).
     elastic=True           m_k is a bound: a stage backwards as soon as it can, and runs ahead only while something is
                            slow (`protocol.elastic`). Its order depends on timing; it is recorded and can be replayed.
 
@@ -43,7 +44,9 @@ class DSP(Method):
     """Diversely Stale Parameters, DSP(p_0..p_{K-1}; m_0..m_{K-1}) in the paper's notation.
 
     Args:
-        staleness: m_k, local steps between a batch's forward and its backward on stage k.
+        staleness: m_k, local steps between a batch's forward and its backward on stage k; or "auto", which leaves it
+            to a plan from measured times (`Pipeline(partition="profile")`) and needs `num_stages`. Until then the
+            method has the minimal staleness.
         queue: p_k, slack of the activation link k -> k+1 in batches. It labels how the slack of a link is split
             between its two directions; no engine blocks on it and no number depends on it. None: half of each
             link's slack, rounded up.
@@ -51,6 +54,7 @@ class DSP(Method):
         weights: which the backward of a stored graph uses, "stashed" or "current"; None: "stashed".
         accumulate: batches per update.
         elastic: whether staleness is a bound that is used only while something is slow; then m_k >= K-1-k.
+        num_stages: K, for staleness="auto"; elsewhere the number of entries of staleness says it.
 
     Raises:
         ConfigError: where the two break the rules m_{K-1} = p_{K-1} = 0, m_k >= m_{k+1}, q_{k+1} >= 0.
@@ -64,18 +68,26 @@ class DSP(Method):
     accumulate: int
     elastic: bool
     _staleness: Staleness
+    _auto: bool
 
     def __init__(
         self,
         *,
-        staleness: Sequence[int],
+        staleness: Sequence[int] | Literal["auto"],
         queue: Sequence[int] | None = None,
         activations: Activations | Literal["auto"] | Sequence[Activations] = "recompute",
         weights: BackwardWeights | None = None,
         accumulate: int = 1,
         elastic: bool = False,
+        num_stages: int | None = None,
     ) -> None:
-        depths = staleness if isinstance(staleness, Staleness) else Staleness(staleness)
+        depths = _provisional(num_stages, queue) if staleness == "auto" else _depths(staleness)
+        if num_stages is not None and num_stages != len(depths):
+            raise ConfigError(
+                f"num_stages is {num_stages} and staleness {depths} has {len(depths)} entries; give one per stage, or "
+                'staleness="auto".'
+            )
+        object.__setattr__(self, "_auto", staleness == "auto")
         if queue is None:
             queue = tuple((slack + 1) // 2 for slack in depths.slack)
         object.__setattr__(self, "_staleness", depths)
@@ -131,7 +143,7 @@ class DSP(Method):
 
     @property
     def staleness(self) -> Staleness:
-        """m_k per stage, in batches."""
+        """m_k per stage, in batches; the minimal one where a plan is yet to choose it."""
         return self._staleness
 
     @property
@@ -166,13 +178,29 @@ class DSP(Method):
         """Whether it is known what every stage keeps: all but "auto"."""
         return self.activations != "auto"
 
+    @property
+    def knows_staleness(self) -> bool:
+        """Whether staleness is given, or was chosen: all but "auto"."""
+        return not self._auto
+
     def with_activations(self, activations: Activations | Sequence[Activations]) -> DSP:
         """The same with these activations."""
         return DSP(
-            staleness=self._staleness,
-            queue=self.queue,
+            staleness="auto" if self._auto else self._staleness,
+            queue=None if self._auto else self.queue,
             activations=activations,
             weights=self.weights if "stored" in activations or activations == "auto" else None,
+            accumulate=self.accumulate,
+            elastic=self.elastic,
+            num_stages=self.num_stages,
+        )
+
+    def with_staleness(self, staleness: Sequence[int]) -> DSP:
+        """The same with this staleness, and the queues that go with it."""
+        return DSP(
+            staleness=staleness,
+            activations=self.activations,
+            weights=self.weights,
             accumulate=self.accumulate,
             elastic=self.elastic,
         )
@@ -183,10 +211,28 @@ class DSP(Method):
         )
         variants += "" if self.accumulate == 1 else f", accumulate={self.accumulate}"
         variants += ", elastic=True" if self.elastic else ""
+        if self._auto:
+            return f"DSP(staleness='auto', num_stages={self.num_stages}{variants})"
         return f"DSP(queue={self.queue}, staleness={self._staleness.values}{variants})"
 
     def _policy(self) -> StagePolicy:
         return StagePolicy(weights=self.weights or "stashed", accumulate=self.accumulate)
+
+
+def _depths(staleness: Sequence[int]) -> Staleness:
+    return staleness if isinstance(staleness, Staleness) else Staleness(staleness)
+
+
+def _provisional(num_stages: int | None, queue: Sequence[int] | None) -> Staleness:
+    """The staleness of a method until a plan has chosen one."""
+    if num_stages is None:
+        raise ConfigError('staleness is "auto" and num_stages is not given; say how many stages there are.')
+    if queue is not None:
+        raise ConfigError(
+            f'queue is {queue!r} and staleness is "auto"; queues follow from the staleness that is chosen. Leave queue '
+            "out, or give both."
+        )
+    return DSP.minimal(num_stages).staleness
 
 
 def _check_elastic(elastic: object, staleness: Staleness, accumulate: int) -> None:

@@ -40,6 +40,15 @@ class Method(abc.ABC):
         """Whether the programs are known without a plan."""
         return True
 
+    @property
+    def knows_staleness(self) -> bool:
+        """Whether `staleness` is that of the run; False where a plan chooses it, and it is provisional."""
+        return True
+
+    def with_staleness(self, staleness: Sequence[int]) -> Method:
+        """The same with this staleness, where a method leaves it to a plan."""
+        raise NotImplementedError(f"{self.name} leaves no staleness to a plan")
+
     def with_activations(self, activations: Activations | Sequence[Activations]) -> Method:
         """The same with these activations, where a method leaves them to a plan."""
         raise NotImplementedError(f"{self.name} leaves nothing to a plan")

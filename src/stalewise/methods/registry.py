@@ -41,7 +41,7 @@ METHOD_NAMES = (*_CLASSES, *_VARIANTS)
 def method_options(name: str) -> tuple[str, ...]:
     """The options that a method takes, beside the number of stages."""
     kind, _ = _lookup(name)
-    return tuple(option for option in inspect.signature(kind).parameters if option != "stages")
+    return tuple(option for option in inspect.signature(kind).parameters if option not in ("stages", "num_stages"))
 
 
 def build_method(name: str, *, num_stages: int, **options: Any) -> Method:
@@ -92,6 +92,8 @@ def rebuild_method(name: str, options: Mapping[str, Any], *, num_stages: int) ->
 
 
 def _build_dsp(num_stages: int, options: Mapping[str, Any]) -> DSP:
+    if options.get("staleness") == "auto":
+        return DSP(**{**options, "num_stages": num_stages})
     for option in ("staleness", "queue"):
         values = options.get(option)
         if values is not None and len(whole_numbers(option, values)) != num_stages:

@@ -50,6 +50,7 @@ class LayerCost:
         weight_bytes: of its parameters and buffers; None where it is unknown.
         gradient_bytes: of its parameters that are trained; None where it is unknown.
         saved_weight_bytes: of its parameters that the backward needs, which stashing copies; None where it is unknown.
+        passes_s: seconds of each timed pass, forward and backward, in their order; None where they are unknown.
         parameters: number of weights, frozen ones included.
         name: its place in the model, such as "blocks.3".
         type: its class, such as "BasicBlock".
@@ -68,6 +69,7 @@ class LayerCost:
     weight_bytes: int | None = None
     gradient_bytes: int | None = None
     saved_weight_bytes: int | None = None
+    passes_s: tuple[float, ...] | None = None
     parameters: int
     name: str
     type: str

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from stalewise.errors import PlanError
 from stalewise.methods.method import Activations, Method
+from stalewise.plan.depth import Depth
 from stalewise.plan.memory import Holdings, StageMemory, predict_memory, span_bytes, stage_holdings
 from stalewise.plan.partition import LayerCost, Partition, check_cuts, check_room, fixed_partition
 from stalewise.plan.split import NEVER, Spans, Split, best_split, in_units, span_sums
@@ -82,6 +83,7 @@ class Plan:
         link: between stages.
         memory: the most that each stage will hold, the slow stage's queues full; None where sizes are unknown.
         memory_limit: bytes that each stage may hold, or None.
+        depth: how the staleness was chosen; None where it was given.
     """
 
     method: Method
@@ -90,6 +92,7 @@ class Plan:
     link: Link
     memory: tuple[StageMemory, ...] | None
     memory_limit: int | None
+    depth: Depth | None = None
 
     @property
     def activations(self) -> tuple[Activations | None, ...]:

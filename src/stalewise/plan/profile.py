@@ -241,6 +241,7 @@ def _profile_layer(
     cost = LayerCost(
         forward_s=forward_s,
         backward_s=backward_s,
+        passes_s=tuple(map(sum, passes)),
         output_bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors(output)),
         graph_bytes=None if graph is None else graph.graph_bytes,
         weight_bytes=sum(storages([*layer.parameters(), *layer.buffers()]).values()),

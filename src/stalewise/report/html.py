@@ -291,6 +291,8 @@ def _partition(run: RunFolder) -> Markup:
             "fixed": " The cuts were given.",
         }.get(partition.method or "", "")
         content.append(figure(svg, f"Layers in order; {meaning}.{how}", wide=True))
+    if partition.why is not None:
+        content.append(element("p", f"The plan chose the staleness, too: {partition.why}."))
     if partition.stages:
         head = ("Stage", "Device", "Layers", "Parameters", "Forward", "Backward", "Predicted step", "Output")
         content.append(table(head, _partition_rows(run, partition), text=(0, 1)))

@@ -179,9 +179,10 @@ class StagePart:
 
 @dataclass(frozen=True, kw_only=True)
 class Partition:
-    """The content of partition.json."""
+    """The content of partition.json; `why` says why the plan chose this staleness."""
 
     method: str | None
+    why: str | None
     layers: tuple[LayerPart, ...]
     stages: tuple[StagePart, ...]
 
@@ -453,4 +454,4 @@ def _partition(record: Record) -> Partition | None:
                 output_bytes=layer.integer("output_bytes"),
             )
         )
-    return Partition(method=record.text("method"), layers=tuple(parts), stages=tuple(stages))
+    return Partition(method=record.text("method"), why=record.text("why"), layers=tuple(parts), stages=tuple(stages))

@@ -312,6 +312,8 @@ def _same_method(manifest: Manifest, cuts: Cuts | None, method: Method) -> Metho
     old = saved_method(manifest)
     if old is None or type(old) is not type(method):
         return None
+    if not method.knows_staleness:
+        method = method.with_staleness(old.staleness)
     if not method.is_decided:
         return old if old.with_activations("stored") == method.with_activations("stored") else None
     return method if old.program() == method.program() else None
