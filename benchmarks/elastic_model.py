@@ -5,6 +5,7 @@
     python benchmarks/elastic_model.py --constants
 
 K stages, forward = recompute = 1, backward = 2 (the last stage has no recompute), no link cost. Situations: calm;
+jitter, where half of the steps take 6% longer and one in a hundred 40%;
 spells, where in each step with probability 2% a stage starts 3 steps at triple time; and each stage slow in each step
 with probability 1/3 by 20, 50, 100 or 150%. All rows meet the same slow steps. Throughput is in batches per calm step
 of minimal DSP, staleness the mean over batches and stages.
@@ -36,6 +37,9 @@ from stalewise.timing.slow_steps import replica_of
 UNIT = 1000
 SITUATIONS = {
     "calm": Stragglers(),
+    "jitter": Stragglers(
+        (Straggler(probability=0.5, factor=1.06, seed=0), Straggler(probability=0.01, factor=1.4, seed=1))
+    ),
     "spells": Stragglers((Straggler(probability=0.02, factor=3.0, duration=3),)),
     **{
         f"{percent}%": Stragglers((Straggler(probability=1 / 3, factor=1 + percent / 100),))
@@ -100,9 +104,8 @@ def main() -> None:
     bounds = settings[1:]
     kinds: list[tuple[str, str, dict[str, float]]] = [(name, name, {}) for name in options.policies]
     if options.constants:
-        kinds += [(f"slow_factor {value}", "elastic", {"slow_factor": value}) for value in (1.02, 1.3, 2.0)]
-        kinds += [(f"hold {value}", "elastic", {"hold": value}) for value in (8, 32, 256)]
-        kinds += [(f"memory {value}", "elastic", {"memory": value}) for value in (4, 64)]
+        kinds += [(f"slow_share {value}", "elastic", {"slow_share": value}) for value in (0.02, 0.1, 0.2)]
+        kinds += [(f"memory {value}", "elastic", {"memory": value}) for value in (16, 32, 128, 256)]
     for situation in options.only:
         rules = SITUATIONS[situation]
         replicas = options.replicas if rules else 1

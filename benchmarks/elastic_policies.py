@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
+from statistics import median_low
 
 from stalewise.protocol.actions import Kind
 from stalewise.protocol.elastic import Elastic, ElasticStage
@@ -70,6 +72,29 @@ class Pull(_Variant):
         return super().next_action(activation_ready and self.wants_forward_first())
 
 
+class SingleStep(_Variant):
+    """The bound for 64 updates after a single one that took more than 1.1 times the median of the 16 before it."""
+
+    def __init__(self, rule: Elastic, stage: int) -> None:
+        super().__init__(rule, stage)
+        self._times: deque[int] = deque(maxlen=16)
+        self._last, self._left = 0, 0
+
+    @property
+    def bound(self) -> int:
+        return self.deep if self._left else self.least
+
+    def did(self, kind: Kind, time_ns: int) -> None:
+        super().did(kind, time_ns)
+        if kind is not Kind.BACKWARD:
+            return
+        took, self._last = time_ns - self._last, time_ns
+        self._left = max(self._left - 1, 0)
+        if len(self._times) >= 4 and took > 1.1 * median_low(self._times):
+            self._left = 64
+        self._times.append(took)
+
+
 def knows_next() -> Callable[[Elastic, int], ElasticStage]:
     """Starving is what the next stage itself says: no activation waits there. It costs a message per forward."""
     stages: dict[int, _Variant] = {}
@@ -92,5 +117,6 @@ POLICIES: dict[str, Callable[[], Callable[[Elastic, int], ElasticStage]]] = {
     "backward first": lambda: BackwardFirst,
     "pull": lambda: Pull,
     "knows next": knows_next,
+    "single step": lambda: SingleStep,
 }
 """By name, a maker of makers: each run gets stages of its own."""

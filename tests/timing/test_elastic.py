@@ -62,16 +62,16 @@ def assert_it_is_a_run(run: ElasticRun, rule: Elastic, num_batches: int, latency
     num_batches=st.integers(1, 30),
     latency=st.sampled_from([0, 300, 5000]),
     recompute=st.booleans(),
-    hold=st.integers(0, 8),
+    memory=st.integers(1, 8),
     seed=st.integers(0, 10_000),
 )
 @settings(max_examples=80)
 def test_any_run_ends_and_is_in_order(
-    slack: list[int], num_batches: int, latency: int, recompute: bool, hold: int, seed: int
+    slack: list[int], num_batches: int, latency: int, recompute: bool, memory: int, seed: int
 ) -> None:
     stages = len(slack) + 1
     bound = Staleness([sum(slack[stage:]) for stage in range(stages)])
-    rule = Elastic(bound=bound, recompute=recompute, hold=hold, memory=4)
+    rule = Elastic(bound=bound, recompute=recompute, memory=memory)
     random = np.random.default_rng(seed)
     kinds = (Kind.FORWARD, Kind.RECOMPUTE, Kind.BACKWARD, Kind.UPDATE)
     times = {kind: random.integers(0, 2000, stages).tolist() for kind in kinds}
@@ -98,7 +98,7 @@ def test_calm_is_the_shallowest_setting_at_full_rate(stages: int) -> None:
 
 def test_depth_comes_with_a_spell_and_goes_after_it() -> None:
     spell = Stragglers((Straggler(stages=(1,), first=100, last=105, factor=4.0),))
-    rule = Elastic(bound=Staleness((10, 5, 0)), hold=16)
+    rule = Elastic(bound=Staleness((10, 5, 0)), memory=16)
     stale = run_elastic(rule, THREE, num_batches=300, stragglers=spell).staleness[0]
     assert stale[20:90].max() == 2
     assert stale[100:130].max() >= 5

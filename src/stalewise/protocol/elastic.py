@@ -9,7 +9,8 @@ The rule:
     1  While no more than `least` batches are below, the next stage is about to starve: forward before anything else.
        Otherwise backward what has its gradient, and forward only where there is nothing to backward.
     2  Forward only while the batches in flight are at most m_k: the bound while something is slow, `least` otherwise.
-    3  Something is slow for 64 updates after one that took more than 1.1 times the median of the 16 before it.
+    3  Something is slow while the last 64 updates took 5% longer than if each had taken what their quicker
+       quarter took at most.
 
 So a calm pipeline is DSP(m_k = K-1-k), the shallowest that runs at full rate. When a step is slow here, or holds this
 stage up from elsewhere, the stage runs ahead up to its bound, and when calm is back it backwards without forwarding
@@ -22,7 +23,6 @@ uses this says when an update ended. What was tried besides, and how the numbers
 
 from __future__ import annotations
 
-import statistics
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,6 +32,9 @@ from stalewise.protocol.actions import Kind
 from stalewise.protocol.staleness import Staleness
 
 __all__ = ["Elastic", "ElasticStage", "SlowSteps"]
+
+_FEWEST = 8
+"""Updates from which on something may be slow."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +46,9 @@ class Elastic:
         least: staleness of a calm pipeline, at most the bound; None: K-1-k, or the bound where that is less. Links with
             a latency may need more.
         recompute: whether stages above the last one forward without a graph and recompute.
-        slow_factor: by which an update must be longer than the median to count as slow.
-        memory: updates that the median is taken over.
-        hold: updates for which the bound is `bound` after a slow one.
+        slow_share: part by which the last updates must be longer together than at their usual pace, for something to
+            be slow: what jitter may cost.
+        memory: how many updates are the last ones. So long a stage that ran ahead may stay ahead of a single slow step.
 
     Raises:
         ConfigError: where `least` exceeds the bound, or a constant is out of its range.
@@ -54,9 +57,8 @@ class Elastic:
     bound: Staleness
     least: Staleness | None = None
     recompute: bool = True
-    slow_factor: float = 1.1
-    memory: int = 16
-    hold: int = 64
+    slow_share: float = 0.05
+    memory: int = 64
 
     def __post_init__(self) -> None:
         least = self.bound if self.least is None else self.least
@@ -64,11 +66,8 @@ class Elastic:
             raise ConfigError(
                 f"least staleness {least} must have an entry per stage, each at most that of the bound {self.bound}."
             )
-        if not self.slow_factor > 1 or self.memory < 1 or self.hold < 0:
-            raise ConfigError(
-                f"slow_factor {self.slow_factor} must be above 1, memory {self.memory} at least 1, hold {self.hold} at "
-                "least 0."
-            )
+        if not self.slow_share > 0 or self.memory < 1:
+            raise ConfigError(f"slow_share {self.slow_share} must be above 0, and memory {self.memory} at least 1.")
 
     @property
     def num_stages(self) -> int:
@@ -84,43 +83,48 @@ class Elastic:
 class SlowSteps:
     """Tells from the ends of a stage's updates whether something is slow.
 
+    A mean counts and no single update: a long step once in a while costs less than the staleness that would absorb it.
+
     Args:
-        factor: see `Elastic.slow_factor`.
+        share: see `Elastic.slow_share`.
         memory: see `Elastic`.
-        hold: see `Elastic`.
     """
 
-    def __init__(self, *, factor: float, memory: int, hold: int) -> None:
-        self._factor, self._hold = factor, hold
+    def __init__(self, *, share: float, memory: int) -> None:
+        self._share = share
         self._times: deque[int] = deque(maxlen=memory)
         self._last: int | None = None
-        self._left = 0
+        self._slow = False
 
     @property
     def slow(self) -> bool:
-        """Whether one of the last updates was slow."""
-        return self._left > 0
+        """Whether the last updates took longer than usual."""
+        return self._slow
 
     @property
     def state(self) -> tuple[list[int], int]:
-        """Durations of the last updates, and for how many more one of them counts as slow: plain values."""
-        return list(self._times), self._left
+        """Durations of the last updates, and whether (1) or not (0) something is slow: plain values."""
+        return list(self._times), int(self._slow)
 
-    def restore(self, times: Sequence[int], left: int) -> None:
+    def restore(self, times: Sequence[int], slow: int) -> None:
         """Go on with the `state` of another one; the clock may be another, so the next update has no duration."""
         self._times.extend(times)
-        self._left = left
+        self._slow = bool(slow)
 
-    def updated(self, time_ns: int) -> None:
-        """An update ended at `time_ns`, on any clock that only goes forward."""
-        self._left = max(self._left - 1, 0)
-        if self._last is not None:
-            took = time_ns - self._last
-            # A median of few says little: the first updates of a pipeline that fills differ anyway.
-            known = len(self._times) >= min(4, self._times.maxlen or 4)
-            if known and took > self._factor * statistics.median_low(self._times):
-                self._left = self._hold
-            self._times.append(took)
+    def updated(self, time_ns: int, *, counts: bool = True) -> None:
+        """An update ended at `time_ns`, on any clock that only goes forward.
+
+        Args:
+            time_ns: its end.
+            counts: whether its duration says anything of the pace.
+        """
+        if self._last is not None and counts:
+            self._times.append(time_ns - self._last)
+            count = len(self._times)
+            # Few say little: the first updates of a pipeline that fills differ anyway.
+            if count >= min(_FEWEST, self._times.maxlen or _FEWEST):
+                usual = sorted(self._times)[(count - 1) // 4]
+                self._slow = sum(self._times) > (1 + self._share) * usual * count
         self._last = time_ns
 
     def pause(self) -> None:
@@ -147,8 +151,8 @@ class ElasticStage:
         self._below = rule.num_stages - 1 - stage
         self._recomputes = rule.recompute and self._below > 0
         self._graph = False
-        self.forwarded = self.received = self.backwarded = 0
-        self.slow_steps = SlowSteps(factor=rule.slow_factor, memory=rule.memory, hold=rule.hold)
+        self.forwarded = self.received = self.backwarded = self._forwarded_before = 0
+        self.slow_steps = SlowSteps(share=rule.slow_share, memory=rule.memory)
 
     @property
     def in_flight(self) -> int:
@@ -186,6 +190,7 @@ class ElasticStage:
         """
         self.forwarded, self.backwarded = letters.count("F"), letters.count("B")
         self.received = self.forwarded if self._below == 0 else self.backwarded
+        self._forwarded_before = letters[: letters.rfind("B") + 1].count("F")
         self._graph = letters.rfind("R") > letters.rfind("B")
         if rule is not None:
             self.slow_steps.restore(*rule)
@@ -209,4 +214,6 @@ class ElasticStage:
         else:
             self.backwarded += 1
             self._graph = False
-            self.slow_steps.updated(time_ns)
+            # A stage that comes back from running ahead does not forward; such updates are quick, and no measure.
+            self.slow_steps.updated(time_ns, counts=self.forwarded > self._forwarded_before)
+            self._forwarded_before = self.forwarded
