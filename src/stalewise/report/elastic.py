@@ -63,7 +63,7 @@ def staleness_figure(timeline: Timeline) -> str:
         left.set_ylabel("backwards, %", color=MUTED)
         right.set_xlabel("batch", color=MUTED)
         right.set_ylim(bottom=0)
-        right.legend(loc="upper right")
+        right.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=max(len(stages), 1), borderaxespad=0)
         canvas.tight_layout()
 
     return draw_svg(draw, 960, 280, "staleness", "Realised staleness of each stage: how often, and over the run")
