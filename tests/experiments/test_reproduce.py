@@ -47,15 +47,22 @@ def test_the_files_of_an_experiment(folder: Path) -> None:
         "report.md",
     }
     found = rows(folder / f"{STEM}.csv")
+    gradients = rows(folder / f"{STEM}-gradients.csv")
     table = json.loads((folder / "resnet8" / "results.json").read_text())["rows"]
     for row, truth in zip(found, table, strict=True):
         assert (row["part"], row["method"], row["seeds"], row["failed"]) == ("resnet8", truth["name"], "2", "")
         assert float(row["accuracy_mean"]) == pytest.approx(truth["test_accuracy"]["mean"], rel=1e-5)
         assert float(row["accuracy_std"]) == pytest.approx(truth["test_accuracy"]["std"], rel=1e-5, abs=1e-9)
-        stages = [stage["gradient_difference"]["mean"] for stage in truth["stages"]]
-        assert float(row["gradient_mean"]) == pytest.approx(sum(stages) / 3, rel=1e-4)
+        own = [line for line in gradients if line["method"] == row["method"]]
+        for column, lines, stages in (
+            ("gradient", own, "012"),
+            ("gradient_1", own, "1"),
+            ("gradient_highest", [line for line in own if line["lr"] == "0.05"], "012"),
+            ("gradient_lowest", [line for line in own if line["lr"] == "0.0005"], "012"),
+        ):
+            values = [float(line[f"stage{stage}"]) for line in lines for stage in stages]
+            assert float(row[f"{column}_mean"]) == pytest.approx(sum(values) / len(values), rel=1e-4)
     assert len(rows(folder / f"{STEM}-curves.csv")) == 2 * 2 * 2, "methods, seeds, epochs"
-    gradients = rows(folder / f"{STEM}-gradients.csv")
     assert len(gradients) == 2 * 2 * 8, "methods, seeds, batches"
     assert {int(row["batch"]) for row in gradients} == set(range(8))
     rates = {int(row["batch"]): float(row["lr"]) for row in gradients}
@@ -75,7 +82,7 @@ def test_the_files_of_an_experiment(folder: Path) -> None:
 def test_the_reports_say_what_the_files_say(folder: Path) -> None:
     page, text = ((folder / name).read_text(encoding="utf-8") for name in ("report.html", "report.md"))
     for row in rows(folder / f"{STEM}.csv"):
-        for column in ("gradient", "accuracy", "loss"):
+        for column in ("gradient", "gradient_0", "gradient_lowest", "accuracy"):
             assert cell(row, column) in page
             assert cell(row, column) in text
     assert "The numbers say nothing about the methods." in page

@@ -178,7 +178,15 @@ def gradient_difference() -> Experiment:
         title="Gradient difference",
         question="How far is each stage's gradient from that of backpropagation, over training and its learning-rate "
         "drops?",
-        columns=("gradient", "accuracy", "loss"),
+        columns=(
+            "gradient",
+            "gradient_0",
+            "gradient_1",
+            "gradient_2",
+            "gradient_highest",
+            "gradient_lowest",
+            "accuracy",
+        ),
         plots=(Plot("gradients"),),
         plans={
             "smoke": Plan(

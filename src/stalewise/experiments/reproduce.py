@@ -151,7 +151,7 @@ def _write(
     seeds: int,
     options: str,
 ) -> None:
-    rows = [row for part, comparison in found for row in result_rows(part.name, comparison)]
+    rows = [row for part, comparison in found for row in result_rows(part.name, comparison, path / part.name)]
     curves = [row for part, comparison in found for row in curve_rows(part.name, comparison)]
     gradients = [row for part, comparison in found for row in gradient_rows(part.name, comparison, path / part.name)]
     for name, lines in ((stem, rows), (f"{stem}-curves", curves), (f"{stem}-gradients", gradients)):

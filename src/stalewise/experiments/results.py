@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 from stalewise.experiments.config import TrainConfig
 from stalewise.experiments.optimizers import learning_rates
@@ -13,8 +15,8 @@ from stalewise.report.comparison_data import Comparison, Spread, TableRow
 __all__ = ["curve_rows", "gradient_rows", "result_rows"]
 
 
-def result_rows(part: str, comparison: Comparison) -> Iterator[dict[str, str]]:
-    """A line per method: who, and mean and sample deviation of each number over its seeds."""
+def result_rows(part: str, comparison: Comparison, path: Path) -> Iterator[dict[str, str]]:
+    """A line per method of a comparison in `path`: who, and mean and sample deviation of each number over its seeds."""
     timed = _is_timed(comparison)
     one = next((row.samples_per_s for row in comparison.rows if row.name == "one-process"), None)
     for row in comparison.rows:
@@ -31,7 +33,7 @@ def result_rows(part: str, comparison: Comparison) -> Iterator[dict[str, str]]:
             "floor": None if comparison.floor is None or row.baseline else Spread((comparison.floor,)),
             "memory": row.memory_total,
             "memory_stage": _largest_stage(row),
-            "gradient": _mean_over_stages(row),
+            **_gradient_differences([_measurements(path / run.folder) for run in row.runs if run.state == "done"]),
         }
         line = {
             "part": part,
@@ -72,22 +74,65 @@ def gradient_rows(part: str, comparison: Comparison, path: Path) -> Iterator[dic
         for run in row.runs:
             if run.state != "done":
                 continue
-            with (path / run.folder / "metrics.jsonl").open(encoding="utf-8") as lines:
-                records = [json.loads(line) for line in lines if '"gradient_difference"' in line]
-            rates = _rates(path / run.folder)
-            for record in records:
+            for found in _measurements(path / run.folder):
                 yield {
                     "part": part,
                     "method": row.name,
                     "seed": str(run.seed),
-                    "epoch": str(record["epoch"]),
-                    "batch": str(record["batch"]),
-                    "lr": _number(rates[record["batch"]]),
+                    "epoch": str(found.epoch),
+                    "batch": str(found.batch),
+                    "lr": _number(found.lr),
                     **{
                         f"stage{stage}": "" if value is None else _number(value)
-                        for stage, value in enumerate(record["stages"])
+                        for stage, value in enumerate(found.stages)
                     },
                 }
+
+
+@dataclass(frozen=True)
+class _Measurement:
+    """Of the gradient difference of every stage, at the learning rate of its update."""
+
+    epoch: int
+    batch: int
+    lr: float
+    stages: list[float | None]
+
+
+def _measurements(folder: Path) -> list[_Measurement]:
+    """In the order of a run."""
+    with (folder / "metrics.jsonl").open(encoding="utf-8") as lines:
+        records = [json.loads(line) for line in lines if '"gradient_difference"' in line]
+    rates = _rates(folder) if records else []
+    return [
+        _Measurement(record["epoch"], record["batch"], rates[record["batch"]], record["stages"]) for record in records
+    ]
+
+
+def _gradient_differences(runs: Sequence[Sequence[_Measurement]]) -> dict[str, Spread | None]:
+    """Means over a run: of all stages, of each, and of all at the highest and at the lowest learning rate."""
+
+    def mean(stage: int | None = None, extreme: Callable[[Iterable[float]], float] | None = None) -> Spread | None:
+        means = []
+        for run in runs:
+            rate = extreme(found.lr for found in run) if extreme and run else None
+            chosen = [found.stages for found in run if rate is None or found.lr == rate]
+            values = [
+                value
+                for stages in chosen
+                for value in (stages if stage is None else stages[stage : stage + 1])
+                if value is not None
+            ]
+            means.append(fmean(values) if values else None)
+        return Spread.of(means)
+
+    stages = max((len(found.stages) for run in runs for found in run), default=0)
+    return {
+        "gradient": mean(),
+        "gradient_highest": mean(extreme=max),
+        "gradient_lowest": mean(extreme=min),
+        **{f"gradient_{stage}": mean(stage) for stage in range(stages)},
+    }
 
 
 def _is_timed(comparison: Comparison) -> bool:
@@ -110,12 +155,6 @@ def _over(rates: Spread | None, one: Spread | None) -> Spread | None:
 def _largest_stage(row: TableRow) -> Spread | None:
     totals = [stage.measured["total"].values for stage in row.memory if "total" in stage.measured]
     return Spread(tuple(map(max, zip(*totals, strict=True)))) if totals else None
-
-
-def _mean_over_stages(row: TableRow) -> Spread | None:
-    """Of the last measurement of every run."""
-    stages = [stage.values for stage in row.gradient_difference if stage is not None]
-    return Spread(tuple(sum(run) / len(run) for run in zip(*stages, strict=True))) if stages else None
 
 
 def _number(value: float) -> str:

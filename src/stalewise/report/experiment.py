@@ -24,6 +24,11 @@ Column = Literal[
     "memory",
     "memory_stage",
     "gradient",
+    "gradient_0",
+    "gradient_1",
+    "gradient_2",
+    "gradient_highest",
+    "gradient_lowest",
 ]
 
 Row = Mapping[str, str]
@@ -56,6 +61,11 @@ HEADS: Mapping[Column, str] = {
     "memory": "Peak memory, MiB",
     "memory_stage": "Largest stage, MiB",
     "gradient": "Gradient difference",
+    "gradient_0": "Stage 0",
+    "gradient_1": "Stage 1",
+    "gradient_2": "Stage 2",
+    "gradient_highest": "Highest rate",
+    "gradient_lowest": "Lowest rate",
 }
 """Of the columns."""
 
@@ -72,6 +82,11 @@ UNITS: Mapping[Column, tuple[float, int, str]] = {
     "memory": (2.0**-20, 1, ""),
     "memory_stage": (2.0**-20, 1, ""),
     "gradient": (1.0, 3, ""),
+    "gradient_0": (1.0, 3, ""),
+    "gradient_1": (1.0, 3, ""),
+    "gradient_2": (1.0, 3, ""),
+    "gradient_highest": (1.0, 3, ""),
+    "gradient_lowest": (1.0, 3, ""),
 }
 """Of a number in the table: factor, digits after the point, and what stands behind it."""
 
