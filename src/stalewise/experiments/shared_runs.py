@@ -18,7 +18,6 @@ import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from pathlib import Path
-from typing import Any
 
 from stalewise.errors import ConfigError
 from stalewise.experiments.config import TrainConfig
@@ -40,7 +39,10 @@ class SharedRuns:
 
     def key(self, config: TrainConfig) -> str:
         """Name of the run's folder: what decides its numbers, and the machine that computes them."""
-        values: dict[str, Any] = {**config.as_dict(), "display": None, "machine": machine()}
+        # What is as always is left out, so that a setting that a later version adds changes no key.
+        usual = TrainConfig().as_dict()
+        values = {name: value for name, value in config.as_dict().items() if value != usual.get(name)}
+        values = {**values, "display": None, "machine": machine()}
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
     def find(self, config: TrainConfig) -> Path | None:
