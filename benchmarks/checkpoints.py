@@ -3,10 +3,12 @@
 Trains a ResNet for CIFAR on random images in a process per stage, saves every few batches, kills one stage with
 SIGKILL, and lets the job start again from its newest checkpoint:
 
-    python benchmarks/checkpoints.py --model resnet110 --stages 3
+    python benchmarks/checkpoints.py --model resnet110 --stages 3 --tries 3 --out checkpoints.json
+    python benchmarks/checkpoints.py --model resnet8 --stages 2 --batch-size 8 --saves 2      # a short form
 
 Printed are, per stage, for how long it is held up by a checkpoint (the copy to host memory); the size of a checkpoint
 and the time until it is complete on disk; and the time from the SIGKILL to the end of the first step after the restart.
+Another try begins only if there is time for it; one that takes longer than is left is ended, and those before it count.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import json
 import os
 import signal
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -96,6 +99,30 @@ def _note_first_update(path: Path, rank: int, first_life: bool) -> None:
     Stage.update = noted  # type: ignore[method-assign]
 
 
+def measure(arguments: dict[str, Any]) -> dict[str, Any]:
+    """One job with its kill and its restart: seconds and megabytes."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder)
+        stalewise.launch(train, num_workers=arguments["stages"], args=[folder, arguments], max_restarts=1)
+        manifests = [verify(checkpoint) for checkpoint in complete_checkpoints(path / "checkpoints")]
+        killed = float((path / "killed").read_text())
+        return {
+            "stopped_s": [manifest.stopped_s for manifest in manifests],
+            "megabytes": [sum(record.size for record in manifest.files.values()) / 1e6 for manifest in manifests],
+            "complete_s": float((path / "complete").read_text()),
+            "restart_s": max(float(file.read_text()) for file in path.glob("first.*")) - killed,
+            "steps_s": json.loads((path / "steps.0").read_text())[arguments["every"] :],
+        }
+
+
+class TimeIsOver(Exception):
+    """Nothing is to be measured any more."""
+
+
+def _time_is_over(number: int, frame: object) -> None:
+    raise TimeIsOver
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -107,23 +134,33 @@ def main() -> None:
     parser.add_argument("--saves", type=int, default=5, help="checkpoints before the kill (default 5)")
     parser.add_argument("--kill", type=int, default=1, help="stage that is killed (default 1)")
     parser.add_argument("--tries", type=int, default=1, help="jobs (default 1)")
+    parser.add_argument("--seconds", type=int, default=360, help="end after so long (default 360)")
+    parser.add_argument("--out", type=Path, help="also write what was measured as JSON")
     arguments = vars(parser.parse_args())
+    out, seconds = arguments.pop("out"), arguments.pop("seconds")
     print(machine())
     print(", ".join(f"{name} {value}" for name, value in arguments.items()))
-    stops: list[list[float]] = []
-    steps: list[float] = []
-    sizes, completions, restarts = [], [], []
-    for _ in range(arguments["tries"]):
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder)
-            stalewise.launch(train, num_workers=arguments["stages"], args=[folder, arguments], max_restarts=1)
-            manifests = [verify(checkpoint) for checkpoint in complete_checkpoints(path / "checkpoints")]
-            stops += [manifest.stopped_s for manifest in manifests]
-            sizes += [sum(record.size for record in manifest.files.values()) / 1e6 for manifest in manifests]
-            completions.append(float((path / "complete").read_text()))
-            killed = float((path / "killed").read_text())
-            restarts.append(max(float(file.read_text()) for file in path.glob("first.*")) - killed)
-            steps += json.loads((path / "steps.0").read_text())[8:]
+    tries: list[dict[str, Any]] = []
+    signal.signal(signal.SIGALRM, _time_is_over)
+    signal.alarm(seconds)
+    begin, longest = time.monotonic(), 0.0
+    try:
+        while len(tries) < arguments["tries"] and time.monotonic() - begin + longest < seconds:
+            start = time.monotonic()
+            tries.append(measure(arguments))
+            longest = max(longest, time.monotonic() - start)
+    except TimeIsOver:
+        print(f"a try was ended after {seconds} s in all")
+    signal.alarm(0)
+    if not tries:
+        sys.exit(f"no try ended within {seconds} s; give more --seconds, a smaller --model or fewer --saves")
+    if out is not None:
+        out.write_text(json.dumps({"machine": machine(), "options": arguments, "tries": tries}, indent=1) + "\n")
+    stops = [stop for found in tries for stop in found["stopped_s"]]
+    sizes = [size for found in tries for size in found["megabytes"]]
+    steps = [step for found in tries for step in found["steps_s"]]
+    completions = [found["complete_s"] for found in tries]
+    restarts = [found["restart_s"] for found in tries]
     rows = [
         [str(stage), spread([1e3 * stop[stage] for stop in stops], 1), str(len(stops))]
         for stage in range(arguments["stages"])

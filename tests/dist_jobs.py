@@ -80,14 +80,22 @@ def run_jobs(jobs: dict[str, Job], folder: Path, *, at_once: int, max_restarts: 
         return {name: future.result() for name, future in futures.items()}
 
 
-def run_job(main: str, num_workers: int, args: Sequence[Any], folder: Path, max_restarts: int = 0) -> Ended:
+def run_job(
+    main: str,
+    num_workers: int,
+    args: Sequence[Any],
+    folder: Path,
+    max_restarts: int = 0,
+    *,
+    timeout_s: float = JOB_TIMEOUT_S,
+) -> Ended:
     """Run one job to its end and look what is left of it; see `run_jobs`."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     parent = context.Process(target=_parent, args=(main, num_workers, list(args), str(folder), max_restarts))
     parent.start()
     assert parent.pid is not None
-    parent.join(JOB_TIMEOUT_S * (1 + max_restarts))
+    parent.join(timeout_s * (1 + max_restarts))
     left = wait_until_gone(left_in_session(parent.pid), LEFT_TIMEOUT_S)
     gone = time.monotonic()
     for pid in left:
