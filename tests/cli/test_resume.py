@@ -92,6 +92,23 @@ def test_a_run_without_a_checkpoint_begins_anew(undisturbed: Path, tmp_path: Pat
     assert "begins anew" in (folder / "resumed.jsonl").read_text()
 
 
+def test_the_checkpoint_that_is_offered_instead_of_a_damaged_one(
+    undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = interrupted(undisturbed, tmp_path / "run", 4)
+    newest, previous = sorted((folder / "checkpoints").glob("ckpt-*"), reverse=True)[:2]
+    data = bytearray((newest / "stage1.safetensors").read_bytes())
+    data[-1] ^= 1
+    (newest / "stage1.safetensors").write_bytes(data)
+    before = (folder / "config.json").read_text()
+    with pytest.raises(CheckpointError, match=f"damaged: its checksum is wrong. .* resume from {previous}"):
+        train("--resume", str(folder), "--method", "bp", "--threads", "2")
+    assert (folder / "config.json").read_text() == before
+    train("--resume", str(previous))
+    assert metrics(folder) == metrics(undisturbed)
+    assert [path.name.partition("-ckpt")[2] for path in (folder / "checkpoints").glob("aside-*")] == [newest.name[4:]]
+
+
 def test_what_belongs_to_the_run_cannot_be_changed(undisturbed: Path) -> None:
     with pytest.raises(ConfigError, match="--lr cannot be given with --resume"):
         CliRunner().invoke(app, ["train", "--resume", str(undisturbed), "--lr", "0.5"], catch_exceptions=False)

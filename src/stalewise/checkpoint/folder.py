@@ -22,7 +22,7 @@ from pathlib import Path
 from stalewise.checkpoint.manifest import MANIFEST, Manifest, file_checksum
 from stalewise.errors import CheckpointError, ConfigError
 
-__all__ = ["complete_checkpoints", "find_checkpoint", "lock", "prune", "publish", "sweep", "verify"]
+__all__ = ["complete_checkpoints", "find_checkpoint", "lock", "prune", "publish", "set_aside", "sweep", "verify"]
 
 LOCK_WAIT_S = 10.0
 """For the processes of a run that was killed to be gone."""
@@ -90,6 +90,19 @@ def prune(directory: Path, *, keep: int) -> None:
         doomed = directory / f".deleted-{path.name}"
         os.rename(path, doomed)
         shutil.rmtree(doomed, ignore_errors=True)
+
+
+def set_aside(path: Path) -> list[Path]:
+    """Make a checkpoint the newest of its folder: later ones get a name that is not a checkpoint's, and stay.
+
+    Returns:
+        Where they are now.
+    """
+    moved = []
+    for other in complete_checkpoints(path.parent):
+        if _number(other) > _number(path):
+            moved.append(other.rename(other.with_name(f"aside-{os.getpid()}-{other.name}")))
+    return moved
 
 
 def sweep(directory: Path, *, token: str) -> None:

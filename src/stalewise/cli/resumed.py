@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import typer
 
+from stalewise.checkpoint.folder import complete_checkpoints, set_aside, verify
+from stalewise.checkpoint.manifest import MANIFEST
 from stalewise.errors import ConfigError
 from stalewise.experiments.config import TrainConfig
+from stalewise.experiments.run_checkpoints import CHECKPOINTS
 
-__all__ = ["given_options", "resumed_config"]
+__all__ = ["given_options", "resumed_config", "resumed_folder"]
 
 _FIELDS = {"option": "options", "recv_timeout": "recv_timeout_s", "json": "display", "straggler": "stragglers"}
 _NOT_OF_THE_RUN = {"resume", "max_restarts"}
@@ -36,6 +40,25 @@ def given_options(context: typer.Context) -> set[str]:
     sources = {name: context.get_parameter_source(name) for name in context.params}
     given = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
     return {_FIELDS.get(name, name) for name in given - _NOT_OF_THE_RUN}
+
+
+def resumed_folder(path: Path) -> Path:
+    """The folder of the run that goes on, after every byte of the checkpoint was read.
+
+    Args:
+        path: that folder, or one of its checkpoints; then later ones are set aside, and it is the newest.
+
+    Raises:
+        CheckpointError: where the checkpoint is damaged; nothing was changed then.
+    """
+    if not (path / MANIFEST).is_file():
+        if found := complete_checkpoints(path / CHECKPOINTS):
+            verify(found[0])
+        return path
+    verify(path)
+    for moved in set_aside(path.resolve()):
+        print(f"stalewise: {moved.name} is what was a later checkpoint of the run; it is not used", file=sys.stderr)
+    return path.resolve().parent.parent
 
 
 def resumed_config(folder: Path, typed: TrainConfig, given: set[str]) -> TrainConfig:

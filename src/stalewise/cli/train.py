@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from stalewise.cli.recipes import use_recipe
-from stalewise.cli.resumed import given_options, resumed_config
+from stalewise.cli.resumed import given_options, resumed_config, resumed_folder
 from stalewise.experiments.config import (
     DISPLAYS,
     ON_NAN,
@@ -137,8 +137,8 @@ def train(
     resume: Annotated[
         Path | None,
         typer.Option(
-            help="Go on with the run in this folder from its newest checkpoint, as it was configured; of other options "
-            "only those of the pipeline may be given."
+            help="Go on with the run in this folder from its newest checkpoint (or from this checkpoint of it), as it "
+            "was configured; of other options only those of the pipeline may be given."
         ),
     ] = None,
     max_restarts: Annotated[
@@ -195,9 +195,11 @@ def train(
         on_nan=on_nan,
     )
     if resume is not None:
-        resumed = resumed_config(resume, config, given_options(context))
-        with locked_folder(resume):
-            run(resumed, resume, resume=True, max_restarts=max_restarts)
+        given = given_options(context)
+        folder = resumed_folder(resume)
+        resumed = resumed_config(folder, config, given)
+        with locked_folder(folder):
+            run(resumed, folder, resume=True, max_restarts=max_restarts)
         return
     if replay is not None:
         repeated = replayed_config(replay, engine=engine, display=config.display)
