@@ -36,6 +36,7 @@ from stalewise.engine.engine import Batches, Engine
 from stalewise.engine.feed import iterate
 from stalewise.engine.messages import Activation
 from stalewise.engine.nonfinite import LossGuard, NonFinitePolicy, nonfinite_policy
+from stalewise.engine.overlap import check_overlap
 from stalewise.engine.precision import Precision
 from stalewise.engine.sequential import SequentialEngine
 from stalewise.engine.split import Chain, LayerSource
@@ -108,6 +109,8 @@ class Pipeline:
         compile: compile the layers of each stage with `torch.compile`: True (inductor), or the name of a backend.
             The first steps take long. Numbers are those of eager mode up to rounding, and the same on both engines. A
             profile still times layers in eager mode. Not with stored graphs that are backwarded with current weights.
+        overlap: queue the forward of one batch beside the recompute and backward of another, where a stage recomputes
+            and has a process of its own on a GPU; None: wherever that can be. It changes no number of the run.
         replay: the order of an elastic run (`orders` of that pipeline), which is repeated bitwise, on one process or
             many, with the same batches and drains; None: elastic stages decide by themselves.
         stragglers: make steps slow on purpose, to see what it costs; the same steps whatever the method. It changes no
@@ -153,6 +156,7 @@ class Pipeline:
         stragglers: Stragglers | Straggler | Sequence[Straggler] | None = None,
         autocast: str | None = None,
         compile: bool | str = False,
+        overlap: bool | None = None,
         replay: Sequence[Sequence[str]] | None = None,
         nonfinite_loss: NonFinitePolicy = "stop",
         nonfinite_folder: str | Path | None = None,
@@ -193,6 +197,7 @@ class Pipeline:
             self._chain = self._chain.built()
         self._device = resolve_device(device, self._job)
         check_backend(self._compile, self._device)
+        self._overlap = check_overlap(overlap, device_type=self._device.type, distributed=self._job is not None)
         self._seed = torch.initial_seed() if seed is None else seed
         self._engine: Engine | None = None
         token = secrets.token_hex(4)
@@ -593,6 +598,7 @@ class Pipeline:
             precision=self._precision,
             compile=self._compile,
             protects_buffers=self._guard.policy == "skip",
+            overlap=self._overlap,
         )
 
     def _keep_nonfinite(self, batch: int, loss: float, loaded: Activation) -> str:

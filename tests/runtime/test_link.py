@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from dist_equal import assert_equal
+from stand_in_streams import RecordedStreams, storage_of
 from torch import Tensor
 
 from stalewise.errors import PeerLost, ReceiveTimeout, TransportError, WorkerError
@@ -330,3 +331,51 @@ class TestPayloadGroup:
         sender.put(frame)
         assert receiver.get(0).structure == ["list", "tensor"]
         assert [size for group, size in network.sent if group == "nccl"] == [8]
+
+
+class TestStreams:
+    """What a link asks of a device; the stand-in records it, and the program does not wait for it anywhere else."""
+
+    def test_what_is_sent_is_in_host_memory_before_it_goes(self, network: Network) -> None:
+        streams = RecordedStreams()
+        sender, _ = network.ends(streams=streams)
+        sender.put(activation(0, torch.ones(2, 3), torch.ones(5)))
+        ready = streams.log[0]
+        sender.flush()
+        side, *others = {stream for stream, _, _ in streams.log[1:]}
+        assert (ready[:2], others) == (("main", "mark"), [])
+        assert side != "main"
+        assert [(kind, what) for _, kind, what in streams.log[1:2]] == [("wait", ready[2])]
+        steps = [kind for _, kind, _ in streams.log[2:]]
+        assert steps == ["to host"] * 3 + ["mark", "settle", "mark", "settle"]
+        assert [size for _, size in network.sent] == [PAGE_BYTES, 24, 20]
+
+    @pytest.mark.parametrize(
+        ("frame", "computed"),
+        [
+            (Frame(MessageKind.ACTIVATION, 0, [torch.ones(2), torch.ones(3)], [1, "tensor", "tensor"]), 1),
+            (Frame(MessageKind.GRADIENT, 0, [torch.ones(2), None, torch.ones(())]), 1),
+            (Frame(MessageKind.LOSS, 0, [torch.ones(())]), 0),
+            (Frame(MessageKind.PROBE, 0, [torch.ones(2), torch.ones(3)]), 2),
+        ],
+        ids=["activation", "gradient", "loss", "probe"],
+    )
+    def test_what_comes_goes_to_the_device_but_for_targets_and_losses(
+        self, frame: Frame, computed: int, network: Network
+    ) -> None:
+        streams = RecordedStreams()
+        sender, receiver = network.ends(streams=streams)
+        receiver.open()
+        sender.put(frame)
+        arrived = receiver.get(0)
+        copies = [(position, entry) for position, entry in enumerate(streams.log) if entry[1] == "to device"]
+        assert len(copies) == computed
+        position, (stream, _, mark) = max(
+            (position, entry) for position, entry in enumerate(streams.log) if entry[:2] == ("main", "wait")
+        )
+        made = next(index for index, entry in enumerate(streams.log) if entry[1] == "mark" and entry[2] == mark)
+        assert stream == "main"
+        assert all(at < made < position and own == streams.log[made][0] != "main" for at, (own, _, _) in copies)
+        assert [storage for own, storage in streams.kept if own == "main"] == [
+            storage_of(leaf) for leaf in arrived.leaves if leaf is not None
+        ]

@@ -39,6 +39,7 @@ def assemble_stage(
     precision: Precision = FULL_PRECISION,
     compile: str | None = None,
     protects_buffers: bool = False,
+    overlap: bool = False,
 ) -> Stage:
     """Move the layers to their device and give them their optimizer and scheduler; see `Pipeline` for the arguments.
 
@@ -94,6 +95,7 @@ def assemble_stage(
         precision=precision,
         compile=compile,
         protects_buffers=protects_buffers,
+        overlap=overlap,
     )
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from stalewise.engine.layout import check_sendable
 from stalewise.engine.messages import Activation
+from stalewise.engine.streams import Streams, streams_of
 from stalewise.engine.tree import flatten, unflatten
 from stalewise.errors import ConfigError
 
@@ -21,12 +22,16 @@ class Feed:
 
     Args:
         batches: an iterable of (input, target).
-        device: where the inputs go; targets stay where they are.
+        device: where the inputs go, copied beside other work; targets stay where they are.
+        streams: of the device; None: its own.
     """
 
-    def __init__(self, batches: Any, device: torch.device) -> None:
+    def __init__(self, batches: Any, device: torch.device, streams: Streams | None = None) -> None:
         self._batches = iterate(batches)
         self._device = device
+        self._streams = streams_of(device) if streams is None else streams
+        self._side = self._streams.side()
+        self._copied: Any = None
         self._next: Activation | None = None
 
     def another(self) -> bool:
@@ -41,6 +46,8 @@ class Feed:
         """The batch that `another` announced."""
         assert self._next is not None, "another() must be true"
         batch, self._next = self._next, None
+        self._streams.wait(self._copied)
+        self._streams.keep(batch.values)
         return batch
 
     def _activation(self, batch: Any) -> Activation:
@@ -54,8 +61,15 @@ class Feed:
                 "batches are read within torch.inference_mode(), where nothing can be trained. Leave it before train "
                 "or evaluate; evaluate builds no graphs by itself."
             )
-        values = [_usable(value).to(self._device, non_blocking=True) for value in values]
-        targets = [_usable(target) for target in targets]
+        # The last stage copies targets in every pass; from memory that is not pinned, a copy waits for the device.
+        targets = [self._streams.pinned(_usable(target)) for target in targets]
+        values = [_usable(value) for value in values]
+        on_a_device = any(value.device.type != "cpu" for value in values)
+        made = self._streams.mark() if on_a_device else None
+        with self._streams.on(self._side):
+            self._streams.wait(made)
+            values = [self._streams.pinned(value).to(self._device, non_blocking=True) for value in values]
+            self._copied = self._streams.mark()
         return Activation(values, structure, unflatten(target_structure, targets))
 
 

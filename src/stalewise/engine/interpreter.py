@@ -111,6 +111,7 @@ class Interpreter:
         self.program = program
         self.trace = Trace(stage.index, store=TraceFile())
         self._losses: deque[tuple[int, Tensor]] = deque()
+        self._losses_read: dict[int, Any] = {}
         self._links = links
         self.probe = probe
         self.meter = meter
@@ -192,8 +193,15 @@ class Interpreter:
         """The losses not yet taken, of the batches up to global index `batch`, in order."""
         taken = []
         while self._losses and self._losses[0][0] <= batch:
-            taken.append(self._losses.popleft()[1])
+            index, loss = self._losses.popleft()
+            self.stage.streams.settle(self._losses_read.pop(index, None))
+            taken.append(loss)
         return taken
+
+    def settle_losses(self) -> None:
+        """Wait until the losses that nobody took yet are in host memory."""
+        while self._losses_read:
+            self.stage.streams.settle(self._losses_read.popitem()[1])
 
     def _held(self) -> Iterator[Tensor]:
         """What came and was not used yet, or was made and not sent yet, and losses that nobody took yet."""
@@ -230,7 +238,8 @@ class Interpreter:
             case Kind.SEND_ACTIVATION:
                 output = self._outbox.pop(unit)
                 self.bytes_sent += _size(message_tensors(output))
-                self._links.send_activation(batch, output)
+                with self.stage.lane.sending():
+                    self._links.send_activation(batch, output)
             case Kind.RECOMPUTE:
                 self.stage.recompute(*unit)
             case Kind.RECEIVE_GRADIENT:
@@ -292,7 +301,11 @@ class Interpreter:
     def _add_loss(self, batch: int, loss: Tensor) -> None:
         if self.stage.is_first:
             self._guard.stop(loss, batch, self.stage.num_stages - 1, self._loaded.pop(batch, None))
-        self._losses.append((batch, loss))
+        streams = self.stage.streams
+        in_host_memory = streams.to_host(loss)
+        self._losses.append((batch, in_host_memory))
+        if in_host_memory is not loss:
+            self._losses_read[batch] = streams.mark()
         if self._tells_losses:
             self._losses_to_send[batch] = loss
 

@@ -200,8 +200,9 @@ class SequentialEngine(Engine):
         self._interpreters[stage].execute(action, self._first_batch)
 
     def _losses_until(self, batch: int) -> list[Tensor]:
-        first, *_ = [interpreter.take_losses(batch) for interpreter in self._interpreters]
-        return first
+        # Of the last stage, which has computed them the longest ago: on a GPU they are in host memory by now.
+        *_, last = [interpreter.take_losses(batch) for interpreter in self._interpreters]
+        return last
 
     def _gradient_difference(self, batch: int) -> list[float | None]:
         activation = self._probes[0].take_input(batch)

@@ -162,6 +162,7 @@ def check_course(course: Course, snapshot: Mapping[str, Any]) -> None:
 
 def snapshot_interpreter(interpreter: Interpreter) -> dict[str, Any]:
     """What lies between the actions of a stage, and its counters."""
+    interpreter.settle_losses()
     return {
         "batch": interpreter.batch,
         "bytes_sent": interpreter.bytes_sent,

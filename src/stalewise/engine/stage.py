@@ -31,9 +31,11 @@ from stalewise.engine.compiled import call_of, check_compiled
 from stalewise.engine.isolation import Isolation, has_gradient
 from stalewise.engine.layout import check_sendable, dense
 from stalewise.engine.messages import Activation
+from stalewise.engine.overlap import ForwardLane
 from stalewise.engine.precision import FULL_PRECISION, Precision
 from stalewise.engine.randomness import random_stream, stream_seed
 from stalewise.engine.saved_weights import DiscrepancyCorrection, SavedWeights
+from stalewise.engine.streams import Streams, streams_of
 from stalewise.engine.synthesizer import Synthesizer
 from stalewise.engine.tree import Structure, Tree, flatten, to_device, unflatten
 from stalewise.errors import ConfigError
@@ -86,6 +88,8 @@ class Stage:
         precision: of its passes.
         compile: backend of `torch.compile` for the layers; None: not compiled.
         protects_buffers: whether a pass that would make a buffer NaN or infinite leaves buffers as they were.
+        overlap: queue graph-less forwards beside everything else; see `overlap`.
+        streams: of the device; None: its own.
     """
 
     def __init__(
@@ -104,6 +108,8 @@ class Stage:
         precision: Precision = FULL_PRECISION,
         compile: str | None = None,
         protects_buffers: bool = False,
+        overlap: bool = False,
+        streams: Streams | None = None,
     ) -> None:
         precision.check(program)
         check_compiled(compile, program)
@@ -112,6 +118,7 @@ class Stage:
         self.index = index
         self.num_stages = num_stages
         self.device = device
+        self.streams = streams_of(device) if streams is None else streams
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.precision = precision
@@ -120,6 +127,7 @@ class Stage:
         self.is_first = index == 0
         self.is_last = index == num_stages - 1
         self.seed = seed
+        self.lane = ForwardLane(self.streams, enabled=overlap and program.recomputes and not self.is_last)
         self._loss_fn = loss_fn
         self._first_input = ""
         self._protects_buffers = protects_buffers
@@ -161,7 +169,7 @@ class Stage:
         )
         self.peak_stored_inputs = max(self.peak_stored_inputs, len({number for number, _ in self._stored}))
         values, structure = self._pass(stored, unit, with_graph=keep_graph)
-        sent = [self._sendable(value) for value in values]
+        sent = [self._sendable(value) for value in values] if keep_graph else values
         if self.is_last:
             # Of its own storage: mse_loss, for one, leaves its number in one as large as the whole output.
             sent = [loss.clone() for loss in sent]
@@ -222,6 +230,7 @@ class Stage:
 
         Where all batches of this update were dropped, weights, optimizer and scheduler stay as they are.
         """
+        self.lane.join()
         added, self._gradients_added = self._gradients_added, 0
         self.num_updates += 1
         if self.optimizer is None or not added:
@@ -334,7 +343,11 @@ class Stage:
         return None if self.optimizer is None else float(self.optimizer.param_groups[0]["lr"])
 
     def _pass(self, stored: StoredInput, unit: Unit, *, with_graph: bool) -> tuple[list[Tensor], Structure]:
-        """One pass over the layers, from the stream of its own; keeps the graph if it builds one."""
+        """One pass over the layers, from the stream of its own; keeps the graph if it builds one.
+
+        Returns:
+            The outputs, without a graph as they are sent, and their structure.
+        """
         if not with_graph:
             return self._pass_in(unchanged_buffers(self.module), stored, unit, with_graph=False)
         with finite_buffers(self.module) if self._protects_buffers else nullcontext():
@@ -344,7 +357,13 @@ class Stage:
         self, context: AbstractContextManager[object], stored: StoredInput, unit: Unit, *, with_graph: bool
     ) -> tuple[list[Tensor], Structure]:
         stream = random_stream(stream_seed(self.seed, self.index, *unit), self.device)
-        with stream, context, torch.set_grad_enabled(with_graph), self.precision.region(self.device):
+        with (
+            stream,
+            context,
+            self._queued(stored, with_graph=with_graph),
+            torch.set_grad_enabled(with_graph),
+            self.precision.region(self.device),
+        ):
             leaves, inputs = self._isolation.inputs(stored.values, with_graph=with_graph)
             output = self._output(stored.structure, inputs, unit[0])
             if self.is_last:
@@ -352,6 +371,8 @@ class Stage:
             values, structure = flatten(output, self._output_name)
             for value in values:
                 check_sendable(value, self._output_name)
+            if not with_graph:
+                values = [self._sendable(value) for value in values]
         self._isolation.check(inputs, unit[0])
         if with_graph:
             self._graphs[unit] = _Graph(leaves, values, stored.share)
@@ -386,6 +407,10 @@ class Stage:
     @property
     def _output_name(self) -> str:
         return f"the output of stage {self.index}"
+
+    def _queued(self, stored: StoredInput, *, with_graph: bool) -> AbstractContextManager[object]:
+        """Where a pass is queued; entered when the buffers are those that it works on."""
+        return nullcontext() if with_graph else self.lane.forward([*stored.values, *self.module.buffers()])
 
     def rebuild_graph(self, unit: Unit, saved: Sequence[Tensor | tuple[Any, ...] | None]) -> None:
         """Build a graph of a checkpoint again, with what autograd saved for it; see `SavedWeights.replaying`."""

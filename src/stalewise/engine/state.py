@@ -58,6 +58,7 @@ def load_stage_state(stage: Stage, state: Mapping[str, Tensor]) -> None:
         ConfigError: where a name is missing or a shape differs; nothing is copied then.
     """
     check_stage_state(stage, state)
+    stage.lane.join()
     with torch.no_grad():
         for name, value in stage.module.state_dict().items():
             value.copy_(state[name])

@@ -19,11 +19,13 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from stalewise.engine.streams import NO_STREAMS, Streams
 from stalewise.errors import PeerLost, ReceiveTimeout, StalewiseError, WorkerError
 from stalewise.runtime.ahead import Inbox, Outbox
 from stalewise.runtime.patience import Patience
@@ -46,6 +48,7 @@ class Endpoint:
         group: gloo, of all ranks.
         payload_group: of the two ranks, for payloads between devices; None: through host memory.
         distant: whether the peer is on another host; both ends must say the same.
+        streams: of the device.
         explain: what is known of a rank that keeps this one waiting, as a sentence that follows others.
     """
 
@@ -58,6 +61,7 @@ class Endpoint:
     group: dist.ProcessGroup
     payload_group: dist.ProcessGroup | None = None
     distant: bool = False
+    streams: Streams = NO_STREAMS
     explain: Callable[[int], str] = lambda rank: ""
 
     def late(self, what: str) -> ReceiveTimeout:
@@ -85,10 +89,10 @@ class Sender:
         self._patience = patience
         self._encoder = Encoder(endpoint.plan)
         self._outbox = Outbox(endpoint.rank, endpoint.group, endpoint.tag) if endpoint.distant else None
-        self._queue: queue.Queue[tuple[list[Tensor], torch.cuda.Event | None, bool] | None] = queue.Queue()
+        self._queue: queue.Queue[tuple[list[Tensor], Any, bool] | None] = queue.Queue()
         self._sending: list[Tensor] = []
         self._error: BaseException | None = None
-        self._stream = _side_stream(endpoint.device)
+        self._stream = endpoint.streams.side()
         threading.Thread(target=self._run, name=f"send {endpoint.what}", daemon=True).start()
 
     def put(self, frame: Frame) -> None:
@@ -100,7 +104,7 @@ class Sender:
         """
         self._raise_error()
         ends = frame.kind is MessageKind.END
-        self._queue.put((list(self._encoder.encode(frame)), _event_of(self._endpoint.device), ends))
+        self._queue.put((list(self._encoder.encode(frame)), self._endpoint.streams.mark(), ends))
 
     def flush(self) -> None:
         """Wait until everything handed over is sent.
@@ -162,20 +166,22 @@ class Sender:
                 del item
                 self._queue.task_done()
 
-    def _send(self, message: list[Tensor], ready: torch.cuda.Event | None, ends: bool) -> None:
-        end = self._endpoint
-        with torch.cuda.stream(self._stream):
-            if self._stream is not None and ready is not None:
-                self._stream.wait_event(ready)
+    def _send(self, message: list[Tensor], ready: Any, ends: bool) -> None:
+        end, streams = self._endpoint, self._endpoint.streams
+        with streams.on(self._stream):
+            streams.wait(ready)
+            through_host = end.payload_group is None
+            message = [streams.to_host(data) if through_host else data for data in message]
+            # What goes through host memory, a loss on its way down included, is there only after this.
+            streams.settle(streams.mark())
             for data in message:
                 if data.device.type != "cpu" and end.payload_group is not None:
                     dist.send(data, end.rank, group=end.payload_group)
                 elif self._outbox is not None:
-                    self._outbox.send(data.cpu())
+                    self._outbox.send(data)
                 else:
-                    dist.send(data.cpu(), end.rank, group=end.group, tag=end.tag)
-            if self._stream is not None:
-                self._stream.synchronize()
+                    dist.send(data, end.rank, group=end.group, tag=end.tag)
+            streams.settle(streams.mark())
         if ends and self._outbox is not None:
             self._outbox.end()
 
@@ -196,12 +202,18 @@ class Receiver:
         self._endpoint = endpoint
         self._patience = patience
         host_or_device = endpoint.device if endpoint.payload_group is not None else torch.device("cpu")
-        self._decoder = Decoder(endpoint.plan, self._fill, host_or_device, f"{endpoint.what}s from {endpoint.name}")
+        self._decoder = Decoder(
+            endpoint.plan,
+            self._fill,
+            host_or_device,
+            f"{endpoint.what}s from {endpoint.name}",
+            pins=endpoint.streams.pins,
+        )
         self._inbox = Inbox(endpoint.rank, endpoint.group, endpoint.tag) if endpoint.distant else None
-        self._queue: queue.Queue[tuple[Frame, torch.cuda.Event | None] | BaseException] = queue.Queue(limit)
+        self._queue: queue.Queue[tuple[Frame, Any] | BaseException] = queue.Queue(limit)
         self._arrivals = threading.Event() if arrivals is None else arrivals
         self._cause: WorkerError | None = None
-        self._stream = _side_stream(endpoint.device)
+        self._stream = endpoint.streams.side()
         self._thread: threading.Thread | None = None
         self._heads: deque[Frame] = deque()
         self._last_batch: int | None = None
@@ -333,12 +345,8 @@ class Receiver:
         if isinstance(item, BaseException):
             raise item
         frame, ready = item
-        if ready is not None:
-            stream = torch.cuda.current_stream(end.device)
-            stream.wait_event(ready)
-            for leaf in frame.leaves:
-                if leaf is not None and leaf.device.type == "cuda":
-                    leaf.record_stream(stream)
+        end.streams.wait(ready)
+        end.streams.keep(frame.leaves)
         return frame
 
     def _run(self) -> None:
@@ -346,15 +354,16 @@ class Receiver:
             if self._inbox is not None:
                 with _losing_the_peer():
                     self._inbox.open()
-            with torch.cuda.stream(self._stream):
+            streams = self._endpoint.streams
+            with streams.on(self._stream):
                 while True:
                     frame = self._decoder.next()
-                    if self._stream is not None:
-                        frame = self._on_device(frame)
+                    leaves = [*map(self._on_device, frame.leaves[: frame.computed]), *frame.leaves[frame.computed :]]
+                    frame = replace(frame, leaves=leaves)
                     if frame.kind is MessageKind.END and self._inbox is not None:
                         with _losing_the_peer():
                             self._inbox.end()
-                    self._queue.put((frame, _event_of(self._endpoint.device)))
+                    self._queue.put((frame, streams.mark()))
                     self._arrivals.set()
                     if frame.kind is MessageKind.END:
                         return
@@ -362,10 +371,8 @@ class Receiver:
             self._queue.put(error)
             self._arrivals.set()
 
-    def _on_device(self, frame: Frame) -> Frame:
-        device = self._endpoint.device
-        leaves = [None if leaf is None else leaf.to(device, non_blocking=True) for leaf in frame.leaves]
-        return replace(frame, leaves=leaves)
+    def _on_device(self, leaf: Tensor | None) -> Tensor | None:
+        return None if leaf is None else self._endpoint.streams.to_device(leaf)
 
     def _fill(self, data: Tensor) -> None:
         end = self._endpoint
@@ -385,16 +392,3 @@ def _losing_the_peer() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise ConnectionError(str(error)) from error
-
-
-def _side_stream(device: torch.device) -> torch.cuda.Stream | None:
-    return torch.cuda.Stream(device=device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
-
-
-def _event_of(device: torch.device) -> torch.cuda.Event | None:
-    """An event at the end of what was queued so far on the current stream; None on the CPU."""
-    if device.type != "cuda":
-        return None
-    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    event.record(torch.cuda.current_stream(device))
-    return event

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from stalewise.engine.messages import Activation, Gradient
+from stalewise.engine.streams import streams_of
 from stalewise.engine.tree import flatten, unflatten
 from stalewise.errors import ReceiveTimeout, TransportError
 from stalewise.protocol.actions import Kind
@@ -60,6 +61,7 @@ class StageLinks:
     ) -> None:
         groups = payload_groups or {}
         self._load = load
+        self._streams = streams_of(device)
         self.on_received: Callable[[Kind, int, int | None, Any], None] | None = None
         """Told of every message of the program that the stage takes: kind, batch, micro-batch, message."""
         self.on_mark: Callable[[int], None] | None = None
@@ -83,6 +85,7 @@ class StageLinks:
                 device=device,
                 group=job.group,
                 payload_group=groups.get((sender, receiver)),
+                streams=self._streams,
                 distant=job.members[peer].host != job.members[job.rank].host,
                 explain=job.monitor.explain,
             )
@@ -155,6 +158,9 @@ class StageLinks:
     def send_gradient(self, batch: int, gradient: Gradient) -> None:
         """To the rank above."""
         assert self.gradients_out is not None
+        if gradient.loss is not None:
+            # Nobody computes with it on the way: it goes through host memory, where its readers are.
+            gradient = gradient._replace(loss=self._streams.to_host(gradient.loss))
         self.gradients_out.put(gradient_frame(batch, gradient))
 
     def receive_loss(self, batch: int) -> Tensor:
@@ -166,7 +172,7 @@ class StageLinks:
     def send_loss(self, batch: int, loss: Tensor) -> None:
         """To the rank above."""
         assert self.gradients_out is not None
-        self.gradients_out.put(Frame(MessageKind.LOSS, batch, [loss]))
+        self.gradients_out.put(Frame(MessageKind.LOSS, batch, [self._streams.to_host(loss)]))
 
     def receive_token(self, batch: int) -> None:
         """From the last rank."""

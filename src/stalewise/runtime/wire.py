@@ -105,6 +105,13 @@ class Frame:
     micro_batch: int | None = None
     share: float = 1.0
 
+    @property
+    def computed(self) -> int:
+        """Leaves, from the first on, that the receiving stage computes with; a target or a loss only passes by."""
+        if self.kind is MessageKind.ACTIVATION and isinstance(self.structure, list) and self.structure:
+            return self.structure[0] if isinstance(self.structure[0], int) else len(self.leaves)
+        return {MessageKind.GRADIENT: len(self.leaves) - 1, MessageKind.LOSS: 0}.get(self.kind, len(self.leaves))
+
 
 class Encoder:
     """Turns the frames of one direction of a link into tensors of bytes.
@@ -174,13 +181,17 @@ class Decoder:
         fill: fills a one-dimensional uint8 tensor with the next bytes that the peer sent.
         device: where leaves that the peer sends from its device are received.
         link: names the link in errors.
+        pins: whether what comes into host memory is to be copied to a device, so that the memory is to be pinned.
     """
 
-    def __init__(self, plan: int, fill: Callable[[Tensor], None], device: torch.device, link: str) -> None:
+    def __init__(
+        self, plan: int, fill: Callable[[Tensor], None], device: torch.device, link: str, *, pins: bool = False
+    ) -> None:
         self._plan = plan
         self._fill = fill
         self._device = device
         self._link = link
+        self._pins = pins
         self._structure: Structure = None
         self._structure_index = 0
 
@@ -269,7 +280,8 @@ class Decoder:
             return None
         shape, strides = _shape_and_strides(record)
         device = self._device if place == Place.DEVICE else torch.device("cpu")
-        leaf = torch.empty_strided(shape, strides, dtype=DTYPES[code], device=device)
+        pinned = self._pins and device.type == "cpu"
+        leaf = torch.empty_strided(shape, strides, dtype=DTYPES[code], device=device, pin_memory=pinned)
         if leaf.numel():
             self._fill(as_bytes(leaf))
         return leaf
