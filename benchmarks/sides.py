@@ -154,6 +154,7 @@ class Task:
         split: "stored" or "recompute": the same cuts for all rows, which suit stages that store their graphs or that
             recompute except the last; "own": for each row those that suit it.
         stragglers: steps that are slow on purpose, for all rows.
+        device: of the stages of stalewise.
     """
 
     job: Job
@@ -162,6 +163,7 @@ class Task:
     costs: list[LayerCost]
     split: str
     stragglers: Stragglers = NO_STRAGGLERS
+    device: str = "cpu"
 
     @property
     def num_stages(self) -> int:
@@ -207,16 +209,17 @@ def make_task(
     batch_size: int,
     split: str,
     stragglers: Stragglers = NO_STRAGGLERS,
+    device: str = "cpu",
 ) -> Task:
     """The same on all ranks, which time the layers all at once."""
     torch.manual_seed(0)
     model = build_model(model_name, num_classes=10)
     batches = make_batches(batch_size)
     measured = measure(
-        Chain(model), batches[0], loss_fn, device=torch.device("cpu"), job=job, num_stages=job.world_size
+        Chain(model), batches[0], loss_fn, device=torch.device(device), job=job, num_stages=job.world_size
     )
     timed = list(measured.layers)
-    return Task(job, model, batches, timed, split, stragglers)
+    return Task(job, model, batches, timed, split, stragglers, device)
 
 
 class Side(ABC):
@@ -257,7 +260,15 @@ class Side(ABC):
 class OwnSide(Side):
     """A method of stalewise, which pauses between runs with its batches in flight."""
 
-    def __init__(self, task: Task, row: OwnRow, micro_batches: int, *, measure_memory: bool = False) -> None:
+    def __init__(
+        self,
+        task: Task,
+        row: OwnRow,
+        micro_batches: int,
+        *,
+        measure_memory: bool = False,
+        overlap: bool | None = None,
+    ) -> None:
         super().__init__(task)
         method = row.build(task.num_stages, micro_batches)
         program = method.program()
@@ -281,7 +292,8 @@ class OwnSide(Side):
             loss_fn=loss_fn,
             optimizer=optimizer,
             partition=self.cuts,
-            device="cpu",
+            device=task.device,
+            overlap=overlap,
             verbose=False,
             stragglers=task.stragglers,
             autocast=row.autocast,
