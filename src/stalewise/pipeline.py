@@ -53,6 +53,7 @@ from stalewise.protocol.course import Orders
 from stalewise.protocol.program import StageProgram
 from stalewise.protocol.stragglers import Straggler, Stragglers
 from stalewise.protocol.trace import Trace
+from stalewise.runtime.cores import warn_of_too_many_threads
 from stalewise.runtime.distributed import DistributedEngine
 from stalewise.runtime.exchange import all_gather_json, broadcast_json
 from stalewise.runtime.job import Job, current_job
@@ -205,6 +206,7 @@ class Pipeline:
             self._seed, token = broadcast_json([self._seed, token], 0, self._job.group)
             self._check_job(self._job, partition, seed)
             self._devices: list[str] = all_gather_json(str(self._device), self._job.group)
+            warn_of_too_many_threads(self._job, self._device)
         self._persistence = Persistence(
             self._chain,
             job=self._job,

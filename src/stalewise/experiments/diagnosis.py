@@ -17,6 +17,7 @@ from stalewise._version import __version__
 from stalewise.data import default_cache_dir
 from stalewise.experiments.environment import processor_name
 from stalewise.runtime.backends import available_backends
+from stalewise.runtime.cores import usable_cores
 
 __all__ = ["Finding", "diagnose"]
 
@@ -63,7 +64,7 @@ def _versions() -> Iterator[Finding]:
 
 def _processors(stages: int) -> Iterator[Finding]:
     cores = os.cpu_count() or 1
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores
+    available = usable_cores()
     yield Finding(level="ok", subject="processor", text=f"{processor_name()}, {available} of {cores} cores usable")
     if available < stages:
         yield Finding(

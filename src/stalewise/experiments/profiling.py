@@ -39,6 +39,8 @@ from stalewise.plan.partition import LayerCost
 from stalewise.plan.planner import BatchBytes
 from stalewise.plan.profile import profile_layers
 from stalewise.plan.tree import map_tensors
+from stalewise.planning import measure, optimizer_copies, share_batch
+from stalewise.runtime.cores import threads_per_process, usable_cores
 from stalewise.planning import JITTER_REPEATS, measure, optimizer_copies, share_batch
 from stalewise.runtime.exchange import all_gather_json, broadcast_json
 from stalewise.runtime.job import Job, current_job
@@ -161,8 +163,8 @@ def profile_worker(folder: str) -> None:
 
 def measure_run(config: TrainConfig, job: Job) -> ModelProfile:
     """Measure; collective, in a job of one rank per stage."""
-    cores = os.cpu_count() or 1
-    threads = config.threads or max(1, cores // job.world_size)
+    cores = usable_cores()
+    threads = config.threads or threads_per_process(job.world_size)
     torch.set_num_threads(threads)
     device = resolve_device(config.device, job)
     first, num_classes = first_batch(config) if job.rank == 0 else ([], 0)

@@ -36,6 +36,7 @@ from stalewise.protocol.actions import Kind
 from stalewise.protocol.bottleneck import BottleneckWatch
 from stalewise.report import Timeline, write_chrome_trace, write_report
 from stalewise.runtime.allocator import keep_freed_memory
+from stalewise.runtime.cores import threads_per_process, usable_cores
 from stalewise.runtime.job import in_launched_job, restart_count
 from stalewise.runtime.launch import launch
 
@@ -159,10 +160,9 @@ def _follow(config: TrainConfig, pipeline: Pipeline, checkpoints: RunCheckpoints
 
 def default_threads(config: TrainConfig) -> int:
     """The cores of this host, shared by the stages that compute at the same time."""
-    cores = os.cpu_count() or 1
     if config.engine == "sequential" and not in_launched_job():
-        return cores
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", config.stages)))
+        return usable_cores()
+    return threads_per_process(int(os.environ.get("LOCAL_WORLD_SIZE", config.stages)))
 
 
 class _Recorder:

@@ -39,6 +39,7 @@ from stalewise.errors import (
 )
 from stalewise.runtime.allocator import allocator_environment
 from stalewise.runtime.child import CHILD_VARIABLE, run_child
+from stalewise.runtime.cores import threads_per_process
 from stalewise.runtime.failure import describe_doing, describe_failure, failure_key, rank_key, read_record
 from stalewise.runtime.store import host_store
 
@@ -179,7 +180,7 @@ class _Workers:
         self._restart = restart
         self._temporary = tempfile.mkdtemp(prefix="stalewise-")
         self._store = host_store("127.0.0.1", 0, timedelta(seconds=60))
-        threads = max(1, (os.cpu_count() or 1) // num_workers)
+        threads = threads_per_process(num_workers)
         environment = {
             "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
             **allocator_environment(),
