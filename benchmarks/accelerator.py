@@ -4,9 +4,9 @@
 
 All sides train the same model from the same weights on the same batches, in the same K processes in turn; in one
 process rank 0 works and the others wait. A time is from the first step of a round until the GPU has done the last,
-with the pipelines filled before. Activations cross host memory, because NCCL wants a GPU per process. Stages of several
-processes take turns on a GPU unless its multi-process service (MPS) runs, so overlap gains nothing across stages
-without it.
+with the pipelines filled before. No side looks at its losses within a round (`nonfinite_loss="go-on"`). Activations
+cross host memory, because NCCL wants a GPU per process. Stages of several processes take turns on a GPU unless its
+multi-process service (MPS) runs, so overlap gains nothing across stages without it.
 
 Without a GPU it says so and ends well. `--device cpu` tries the command itself; its times mean nothing.
 """
@@ -70,12 +70,13 @@ class OneProcess(Side):
 def make_sides(task: Task) -> dict[str, Side]:
     """By name; bp and one process are the same computation."""
     on_gpu = torch.device(task.device).type == "cuda"
+    unseen = {"nonfinite_loss": "go-on"}
     recompute, stored = named("dsp", "dsp"), named("dsp", "dsp", activations="stored")
-    sides: dict[str, Side] = {"dsp recompute, overlap off": OwnSide(task, recompute, 1, overlap=False)}
+    sides: dict[str, Side] = {"dsp recompute, overlap off": OwnSide(task, recompute, 1, overlap=False, **unseen)}
     if on_gpu:
-        sides["dsp recompute, overlap on"] = OwnSide(task, recompute, 1, overlap=True)
-    sides["dsp stored"] = OwnSide(task, stored, 1)
-    sides["bp"] = OwnSide(task, named("bp", "bp"), 1)
+        sides["dsp recompute, overlap on"] = OwnSide(task, recompute, 1, overlap=True, **unseen)
+    sides["dsp stored"] = OwnSide(task, stored, 1, **unseen)
+    sides["bp"] = OwnSide(task, named("bp", "bp"), 1, **unseen)
     sides[ONE_PROCESS] = OneProcess(task)
     return sides
 

@@ -268,6 +268,7 @@ class OwnSide(Side):
         *,
         measure_memory: bool = False,
         overlap: bool | None = None,
+        nonfinite_loss: Any = "stop",
     ) -> None:
         super().__init__(task)
         method = row.build(task.num_stages, micro_batches)
@@ -294,6 +295,7 @@ class OwnSide(Side):
             partition=self.cuts,
             device=task.device,
             overlap=overlap,
+            nonfinite_loss=nonfinite_loss,
             verbose=False,
             stragglers=task.stragglers,
             autocast=row.autocast,
