@@ -39,9 +39,8 @@ from stalewise.plan.partition import LayerCost
 from stalewise.plan.planner import BatchBytes
 from stalewise.plan.profile import profile_layers
 from stalewise.plan.tree import map_tensors
-from stalewise.planning import measure, optimizer_copies, share_batch
-from stalewise.runtime.cores import threads_per_process, usable_cores
 from stalewise.planning import JITTER_REPEATS, measure, optimizer_copies, share_batch
+from stalewise.runtime.cores import threads_per_process, usable_cores
 from stalewise.runtime.exchange import all_gather_json, broadcast_json
 from stalewise.runtime.job import Job, current_job
 from stalewise.runtime.launch import launch
