@@ -48,8 +48,8 @@ class SineChain:
     """
 
     num_stages: int
-    target: float = 0.1
-    noise: float = 0.5
+    target: float = 0.05
+    noise: float = 0.25
 
     def __post_init__(self) -> None:
         check_count("num_stages", self.num_stages)
