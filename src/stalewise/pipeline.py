@@ -53,10 +53,11 @@ from stalewise.protocol.course import Orders
 from stalewise.protocol.program import StageProgram
 from stalewise.protocol.stragglers import Straggler, Stragglers
 from stalewise.protocol.trace import Trace
+from stalewise.runtime.agreement import check_agreement
 from stalewise.runtime.cores import warn_of_too_many_threads
 from stalewise.runtime.distributed import DistributedEngine
 from stalewise.runtime.exchange import all_gather_json, broadcast_json
-from stalewise.runtime.job import Job, current_job
+from stalewise.runtime.job import current_job
 from stalewise.runtime.patience import FIRST_S
 from stalewise.runtime.payload import payload_groups
 from stalewise.runtime.persistence import Persistence
@@ -204,7 +205,7 @@ class Pipeline:
         token = secrets.token_hex(4)
         if self._job is not None:
             self._seed, token = broadcast_json([self._seed, token], 0, self._job.group)
-            self._check_job(self._job, partition, seed)
+            check_agreement(self._job, self._given(partition, seed), num_stages=method.num_stages)
             self._devices: list[str] = all_gather_json(str(self._device), self._job.group)
             warn_of_too_many_threads(self._job, self._device)
         self._persistence = Persistence(
@@ -618,9 +619,9 @@ class Pipeline:
         text = json.dumps([__version__, repr(self.method), cuts, *compute, self._chain.describe()])
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
-    def _check_job(self, job: Job, partition: Any, seed: int | None) -> None:
-        """All ranks compare what they were given, so that a difference is an error everywhere and never a hang."""
-        own = {
+    def _given(self, partition: Any, seed: int | None) -> dict[str, Any]:
+        """What must be the same on all ranks."""
+        return {
             "version of stalewise": __version__,
             "method": repr(self.method),
             "partition": partition if isinstance(partition, str) else [*map(repr, partition)],
@@ -636,20 +637,3 @@ class Pipeline:
             "nonfinite_loss": self._guard.policy,
             "replay": None if self._replay is None else hashlib.blake2b(repr(self._replay).encode()).hexdigest(),
         }
-        everyone = all_gather_json(own, job.group)
-        for rank, other in enumerate(everyone):
-            for field, value in other.items():
-                expected = everyone[0][field]
-                if value != expected:
-                    if field == "model":
-                        pairs = itertools.zip_longest(expected, value)
-                        expected, value = next(pair for pair in pairs if pair[0] != pair[1])
-                    raise ConfigError(
-                        f"rank {rank} and rank 0 were given another {field}: {value!r} against {expected!r}. All "
-                        "ranks must build the pipeline from the same arguments."
-                    )
-        if job.world_size != self.method.num_stages:
-            raise ConfigError(
-                f"the method has {self.method.num_stages} stages and the job {job.world_size} ranks; rank k is stage "
-                f"k. Start {self.method.num_stages} workers, or use a method of {job.world_size} stages."
-            )

@@ -140,7 +140,7 @@ def test_a_foreign_folder_is_left_alone(no_training: list[str], tmp_path: Path) 
     assert (tmp_path / "precious.txt").read_text() == "do not delete"
     shutil.rmtree(tmp_path)
     tmp_path.write_text("a file")
-    with pytest.raises(ConfigError, match=r"no comparison\.json"):
+    with pytest.raises(ConfigError, match="is a file and not a folder"):
         compare(config(), tmp_path)
 
 
