@@ -93,7 +93,7 @@ def test_a_method_that_fails_does_not_end_the_others(no_training: list[str], tmp
 @pytest.mark.parametrize(
     ("other", "says"),
     [
-        (config(seeds=3), "its seeds is 2 and would be 3"),
+        (config(seeds=1), "its seeds is 2 and would be 1"),
         (config(lr=0.05), "its lr is 0.1 and would be 0.05"),
         (config(("bp", "gpipe")), "its rows are bp, dsp and would be bp, gpipe"),
         (
@@ -115,6 +115,17 @@ def test_another_comparison_is_refused(
     assert no_training == []
     compare(other, tmp_path, overwrite=True)
     assert len(no_training) == len(list(other.runs())), "--overwrite starts anew"
+
+
+def test_a_comparison_grows_by_seeds(no_training: list[str], tmp_path: Path) -> None:
+    compare(config(seeds=1), tmp_path)
+    no_training.clear()
+    grown = compare(config(seeds=3), tmp_path)
+    assert no_training == [f"{name}-seed{seed}" for seed in (1, 2) for name in ("bp", "dsp")]
+    assert [row.done for row in grown.rows] == [3, 3]
+    no_training.clear()
+    compare(config(seeds=3), tmp_path)
+    assert no_training == [], "it is known as one of 3 seeds now"
 
 
 def test_another_machine_is_refused(no_training: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from stalewise.errors import ConfigError, DataError, PlanError, StalewiseError, WorkerError
+from stalewise.experiments.comparison_folder import open_comparison
 from stalewise.experiments.config import TrainConfig
 from stalewise.experiments.cuts import plan_cuts
 from stalewise.experiments.data_parallel import run_data_parallel
 from stalewise.experiments.machine import machine
-from stalewise.experiments.run_lock import empty_folder, is_empty
 from stalewise.experiments.run_writer import prepare_run_folder, write_json
 from stalewise.experiments.shared_runs import SharedRuns
 from stalewise.experiments.training import run
@@ -226,7 +226,7 @@ class Runner:
         self.config = config
         self.path = path
         self.shared = shared
-        _open(path, config.as_dict(), overwrite=overwrite)
+        open_comparison(path, config.as_dict(), overwrite=overwrite)
 
     def plan(self) -> dict[str, Any]:
         """The content of partition.json: the cuts, and what they were chosen from. Profiles the model if need be."""
@@ -306,67 +306,6 @@ def _plan_worker(folder: str, rows: Mapping[str, Mapping[str, Any]]) -> None:
     planned = plan_cuts(shared, methods)
     if int(os.environ.get("RANK", 0)) == 0:
         write_json(path / "partition.json", planned)
-
-
-def _open(path: Path, wanted: dict[str, Any], *, overwrite: bool) -> None:
-    """Make the folder, or find in it the same comparison."""
-    file = path / "comparison.json"
-    if not is_empty(path):
-        if not file.is_file():
-            raise ConfigError(
-                f"{path} holds something else than a comparison (it has no comparison.json); nothing there is touched. "
-                "Choose another --out."
-            )
-        if not overwrite:
-            _check_same(file, wanted)
-            return
-        empty_folder(path)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        write_json(file, wanted)
-    except OSError as error:
-        raise ConfigError(f"cannot write to {path}: {error.strerror}. Choose another --out.") from None
-
-
-def _check_same(file: Path, wanted: dict[str, Any]) -> None:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"{file} cannot be read ({error}), so it is not known what was compared there. Choose another --out, or "
-            "give --overwrite to delete what is there."
-        ) from None
-    differences = list(_differences(found, wanted))
-    if differences:
-        raise ConfigError(
-            f"{file.parent} holds another comparison: {'; '.join(differences)}. Runs of two must not mix in one table. "
-            "Give the same options to go on with that one, choose another --out, or give --overwrite to delete it."
-        )
-
-
-def _differences(found: Any, wanted: Mapping[str, Any]) -> Iterator[str]:
-    """What is not the same, in words."""
-    found = found if isinstance(found, dict) else {}
-    for name in wanted:
-        before, after = found.get(name), wanted[name]
-        if name in ("shared", "machine"):
-            yield from _differences(before, after)
-        elif name == "rows" and before != after:
-            yield f"its rows are {_row_names(before)} and would be {_row_names(after)}"
-        elif before != after:
-            yield f"its {name.replace('_', ' ')} is {json.dumps(before)} and would be {json.dumps(after)}"
-
-
-def _row_names(rows: Any) -> str:
-    if not isinstance(rows, list):
-        return "unknown"
-    described = []
-    for row in rows:
-        if not isinstance(row, dict) or not isinstance(row.get("options", {}), dict):
-            return "unknown"
-        options = ", ".join(f"{name}={value}" for name, value in row.get("options", {}).items())
-        described.append(f"{row.get('name')}{f' ({options})' if options else ''}")
-    return ", ".join(described)
 
 
 def _in_a_line(error: StalewiseError) -> str:
