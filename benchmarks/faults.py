@@ -27,6 +27,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -60,6 +61,12 @@ PATIENCE_S = {
 """What the job was given to notice that something is missing."""
 
 DISK = "size=160k"
+POLL_S = 0.05
+STOOD_STILL_S = 3.0
+"""A try in which this process did not run for so long (it was stopped, the machine slept) says nothing."""
+
+AGAIN = 10
+"""Times that such a try is made at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,17 +74,52 @@ class Ended:
     """How a try ended.
 
     Args:
+        stood_still_s: longest time for which this process itself did not run, and so perhaps the job neither.
         complaints: what was not right.
         seconds: from the fault until the last process was gone; None where the job went on.
         output: everything that was printed.
     """
 
+    stood_still_s: float
     complaints: list[str]
     seconds: float | None
     output: str
 
 
+class Pulse:
+    """Notes from a thread of its own for how long this process did not run."""
+
+    def __init__(self) -> None:
+        self.longest_s = 0.0
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._beat, daemon=True)
+
+    def __enter__(self) -> Pulse:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _beat(self) -> None:
+        before = time.monotonic()
+        while not self._over.wait(POLL_S):
+            now = time.monotonic()
+            self.longest_s, before = max(self.longest_s, now - before - POLL_S), now
+
+
 def run(spec: dict[str, Any], digests: dict[str, str], limits: dict[str, float]) -> Ended:
+    """Run one job to its end and judge it; again where this process stood still meanwhile. See `run_once`."""
+    for _ in range(AGAIN):
+        ended = run_once(spec, digests, limits)
+        if ended.stood_still_s <= STOOD_STILL_S:
+            break
+        print(f"    stood still for {ended.stood_still_s:.0f} s; once more", file=sys.stderr, flush=True)
+    return ended
+
+
+def run_once(spec: dict[str, Any], digests: dict[str, str], limits: dict[str, float]) -> Ended:
     """Run one job to its end and judge it.
 
     Args:
@@ -85,18 +127,19 @@ def run(spec: dict[str, Any], digests: dict[str, str], limits: dict[str, float])
         digests: of the weights of undisturbed jobs, by method and stages.
         limits: seconds by launcher.
     """
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with tempfile.TemporaryDirectory() as directory:
+        folder = Path(directory)
         (folder / "checkpoints").mkdir()
         began = time.monotonic()
         (folder / "tmp").mkdir()
-        if spec["kind"] in LINK:
-            over_link = run_over_link(spec, folder, LINK_JOB_TIMEOUT_S)
-            code, left, gone = over_link.code, over_link.left, over_link.gone
-            text = "".join((folder / host).read_text() for host in ("host-a", "host-b"))
-        else:
-            code, left, gone = _run_here(spec, folder)
-            text = (folder / "output").read_text()
+        with Pulse() as pulse:
+            if spec["kind"] in LINK:
+                over_link = run_over_link(spec, folder, LINK_JOB_TIMEOUT_S)
+                code, left, gone = over_link.code, over_link.left, over_link.gone
+            else:
+                code, left, gone = _run_here(spec, folder)
+        printed = ("host-a", "host-b") if spec["kind"] in LINK else ("output",)
+        text = "".join((folder / name).read_text() for name in printed)
         complaints = [] if code is not None else ["was not over in time"]
         if left:
             complaints.append(f"left {left} processes")
@@ -115,7 +158,7 @@ def run(spec: dict[str, Any], digests: dict[str, str], limits: dict[str, float])
                 complaints.append(f"took {seconds:.1f} s")
         elif not marked.exists() and spec["kind"] not in ("nothing", "loss and delay"):
             complaints.append("never came to its fault")
-        return Ended(complaints=complaints, seconds=seconds, output=text)
+        return Ended(stood_still_s=pulse.longest_s, complaints=complaints, seconds=seconds, output=text)
 
 
 def _latest(folder: Path, pattern: str, *, default: float) -> float:
@@ -134,10 +177,10 @@ def _run_here(spec: dict[str, Any], folder: Path) -> tuple[int | None, int, floa
             env={**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(folder / "tmp")},
             start_new_session=True,
         )
-    code: int | None = None
-    try:
-        code = process.wait(JOB_TIMEOUT_S)
-    except subprocess.TimeoutExpired:
+    deadline = time.monotonic() + JOB_TIMEOUT_S
+    while (code := process.poll()) is None and time.monotonic() < deadline:
+        time.sleep(POLL_S)
+    if code is None:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     left = _wait_until_gone(process.pid)

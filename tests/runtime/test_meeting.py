@@ -149,3 +149,14 @@ def test_a_start_that_no_rank_wrote(text: str, store: TCPStore) -> None:
     store.set(start_key(1), text)
     with pytest.raises(ConfigError, match=r"the store of the job holds .* as stalewise/0/start/1, which no rank of"):
         meet(WAIT_S)
+
+
+def test_rank_0_is_who_others_are_compared_with(store: TCPStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever came first: a difference between two others says not which of them is wrong."""
+    monkeypatch.setenv("RANK", "2")
+    start(store, 1, releases="stalewise 0.0.1")
+    with pytest.raises(ReceiveTimeout, match="rank 0 did not start"):
+        meet(SHORT_S)
+    start(store, 0)
+    with pytest.raises(ConfigError, match=r"stage 1 .* runs with releases stalewise 0\.0\.1, stage 0 "):
+        meet(WAIT_S)

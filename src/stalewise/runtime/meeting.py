@@ -103,7 +103,7 @@ def meet(start_timeout_s: float) -> tuple[TCPStore, tuple[Member, ...]]:
         if complete or attempt % round(LOOK_S / POLL_S) == 0:
             present = keys if complete else [key for key in keys if store.check([key])]
             starts = [_Start.read(store.get(key), key) for key in present]
-            _compare(starts, own)
+            _compare(starts)
         if complete:
             return store, tuple(start.member for start in starts)
         if store.check([failure_key()]):
@@ -135,8 +135,9 @@ def _enter(store: TCPStore, own: _Start) -> None:
     store.set(rank_key(rank), json.dumps({"beat": -1, "status": {}}))
 
 
-def _compare(starts: Sequence[_Start], own: _Start) -> None:
-    for other in starts:
+def _compare(starts: Sequence[_Start]) -> None:
+    """With rank 0, once it is there."""
+    for other in starts if starts[0].member.rank == 0 else ():
         for field in ("releases", "world_size"):
             if getattr(other, field) != getattr(starts[0], field):
                 raise ConfigError(
