@@ -21,7 +21,7 @@ EXCEPTIONS = {
     "forward with a graph": ("forward", "recompute"),
     "forward without a graph": ("forward", "evaluation"),
     "backward": ("backward",),
-    "loss": ("forward",),
+    "loss": ("forward", "recompute"),
     "optimizer": ("update",),
     "data": ("load",),
     "loader process": ("load",),
