@@ -91,6 +91,17 @@ CASES = [
 """(activations, losses, between sessions)"""
 
 
+DEEP = tuple(
+    tuple(letters(count) for count in (22, 10))
+    for letters in (
+        lambda count: "F" * 6 + "RBF" * (count - 6) + "RB" * 6,
+        lambda count: "F" + "RFB" * (count - 1) + "RB",
+        lambda count: "FB" * count,
+    )
+)
+"""An order in which stage 0 is as far ahead as it may be while stage 1 is not, and recomputes before it forwards."""
+
+
 def worker(folder: str) -> None:
     """Save and resume in each case, and repeat a record with an interruption; leave what came of it."""
     torch.set_num_threads(1)
@@ -100,9 +111,10 @@ def worker(folder: str) -> None:
         saved = train(pipeline(activations, stragglers=SLOW), folder=place, stop=stop, between=between)
         torch.save(saved, f"{place}.saved.{rank}")
         torch.save(train(pipeline(activations), folder=place, losses=saved["losses"]), f"{place}.resumed.{rank}")
-    record = torch.load(Path(folder, f"case2.saved.{rank}"))
-    for stop in (14, 20):
-        place = Path(folder, f"again-{stop}")
-        train(pipeline(replay=record["orders"]), folder=place, stop=stop)
-        again = train(pipeline(replay=record["orders"]), folder=place, losses=record["losses"])
-        torch.save(again, f"{place}.{rank}")
+    recorded = torch.load(Path(folder, f"case2.saved.{rank}"))["orders"]
+    for name, orders, stop in (("again", recorded, 20), ("deep", DEEP, 14)):
+        place = Path(folder, name)
+        saved = train(pipeline(replay=orders), folder=place, stop=stop)
+        torch.save(saved, f"{place}.saved.{rank}")
+        again = train(pipeline(replay=orders), folder=place, losses=saved["losses"])
+        torch.save(again, f"{place}.resumed.{rank}")
