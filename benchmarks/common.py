@@ -58,7 +58,7 @@ def leave(out: Path | None, options: Mapping[str, Any], results: Any, verdicts: 
     record = {
         "machine": machine(),
         "load": os.getloadavg(),
-        "options": dict(options),
+        "options": {name: value for name, value in options.items() if name != "out"},
         "results": results,
         "verdicts": list(verdicts),
     }
