@@ -49,7 +49,8 @@ def judge(spec: dict[str, Any], code: int | None, output: str, folder: Path, dig
     if kind == "link down":
         yield from _judge_link(folder)
         return
-    pid = (folder / f"rank.{stage}").read_text()
+    named = folder / f"rank.{stage}"
+    pid = named.read_text() if named.exists() else "?"
     who = f"stage {stage} (rank {stage}, host {socket.gethostname()}, pid {pid})"
     if spec["launcher"] == "torchrun":
         yield from _judge_torchrun(spec, output, who)
