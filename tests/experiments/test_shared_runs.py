@@ -45,7 +45,8 @@ def test_a_run_is_found_by_what_it_is(tmp_path: Path) -> None:
     assert shared.find(CONFIG) is None
     shared.keep(CONFIG, left(tmp_path / "run", "first"))
     shared.keep(CONFIG, left(tmp_path / "again", "second"))
-    for same in (CONFIG, replace(CONFIG, display="plain"), replace(CONFIG, staleness=(4, 2, 0))):
+    same_runs = ({}, {"display": "plain"}, {"staleness": (4, 2, 0)}, {"recv_timeout_s": 7.0})
+    for same in (replace(CONFIG, **change) for change in same_runs):
         found = shared.find(same)
         assert found is not None
         assert (found / "summary.json").read_text() == "first"

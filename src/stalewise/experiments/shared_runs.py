@@ -42,7 +42,8 @@ class SharedRuns:
         # What is as always is left out, so that a setting that a later version adds changes no key.
         usual = TrainConfig().as_dict()
         values = {name: value for name, value in config.as_dict().items() if value != usual.get(name)}
-        values = {**values, "display": None, "machine": machine()}
+        # In one process nobody waits for a message.
+        values = {**values, "display": None, "recv_timeout_s": None, "machine": machine()}
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
     def find(self, config: TrainConfig) -> Path | None:
