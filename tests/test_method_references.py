@@ -34,14 +34,6 @@ MakeOptimizer = Callable[[list[nn.Parameter]], Optimizer]
 Method = Callable[..., Trained]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 # --- nets, batches, plain loops -----------------------------------------------------------------------------------
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -36,14 +36,6 @@ from stalewise import BP, DSP, ConfigError, Method, Pipeline, PlanError
 
 CUTS = (2, 6)
 MINIMAL = DSP.minimal(3)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def pipeline(net: str = "mlp", **options: Any) -> Pipeline:

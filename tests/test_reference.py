@@ -20,14 +20,6 @@ Batches = list[tuple[Tensor, Tensor]]
 MakeOptimizer = Callable[[list[nn.Parameter]], Optimizer]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 # --- helpers ----------------------------------------------------------------------------------------------
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,12 +109,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Finished]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What a run of all stages in one process leaves."""
-    threads = torch.get_num_threads()
-    result = dist_link.train(tmp_path_factory.mktemp("alone"), held=False, engine="sequential")
-    yield result
-    torch.set_num_threads(threads)
+    return dist_link.train(tmp_path_factory.mktemp("alone"), held=False, engine="sequential")
 
 
 def assert_undisturbed(job: Finished, expected: dict[str, Any]) -> None:

@@ -25,14 +25,6 @@ CUTS = {1: (), 2: (3,), 3: (3, 6), 4: (2, 4, 7)}
 SEED = 11
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def net(*, batch_norm: bool = True, dropout: bool = False) -> list[nn.Module]:
     torch.manual_seed(0)
     return [

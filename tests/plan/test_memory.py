@@ -361,14 +361,6 @@ def compare(
     )
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("net", list(NETS))
 @pytest.mark.parametrize("method", list(METHODS))
 def test_prediction_and_measurement(net: str, method: str) -> None:

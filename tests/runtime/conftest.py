@@ -1,4 +1,4 @@
-"""One thread, as in the workers: kernels may add in another order with more. And jobs that several tests look at."""
+"""Jobs that several tests look at, and the store of a launcher."""
 
 from __future__ import annotations
 
@@ -8,19 +8,10 @@ from pathlib import Path
 
 import dist_workers
 import pytest
-import torch
 from dist_jobs import run_job
 from torch.distributed import TCPStore
 
 import stalewise
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
