@@ -9,8 +9,8 @@ The rule:
     1  While no more than `least` batches are below, the next stage is about to starve: forward before anything else.
        Otherwise backward what has its gradient, and forward only where there is nothing to backward.
     2  Forward only while the batches in flight are at most m_k: the bound while something is slow, `least` otherwise.
-    3  Something is slow while the last 64 updates took 5% longer than if each had taken what their quicker
-       quarter took at most.
+    3  Something is slow while the last 64 updates took 7% longer than if each had taken what their quickest
+       third took at most.
 
 So a calm pipeline is DSP(m_k = K-1-k), the shallowest that runs at full rate. When a step is slow here, or holds this
 stage up from elsewhere, the stage runs ahead up to its bound, and when calm is back it backwards without forwarding
@@ -46,8 +46,8 @@ class Elastic:
         least: staleness of a calm pipeline, at most the bound; None: K-1-k, or the bound where that is less. Links with
             a latency may need more.
         recompute: whether stages above the last one forward without a graph and recompute.
-        slow_share: part by which the last updates must be longer together than at their usual pace, for something to
-            be slow: what jitter may cost.
+        slow_share: part by which the last updates must be longer together than at the pace of their quickest third, for
+            something to be slow: what jitter may cost.
         memory: how many updates are the last ones. So long a stage that ran ahead may stay ahead of a single slow step.
 
     Raises:
@@ -57,7 +57,7 @@ class Elastic:
     bound: Staleness
     least: Staleness | None = None
     recompute: bool = True
-    slow_share: float = 0.05
+    slow_share: float = 0.07
     memory: int = 64
 
     def __post_init__(self) -> None:
@@ -123,7 +123,7 @@ class SlowSteps:
             count = len(self._times)
             # Few say little: the first updates of a pipeline that fills differ anyway.
             if count >= min(_FEWEST, self._times.maxlen or _FEWEST):
-                usual = sorted(self._times)[(count - 1) // 4]
+                usual = sorted(self._times)[(count - 1) // 3]
                 self._slow = sum(self._times) > (1 + self._share) * usual * count
         self._last = time_ns
 
