@@ -19,16 +19,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from common import machine, table
 from numpy.typing import NDArray
-from straggler_rounds import CALM, SPELLS, rows_of, worker
+from straggler_rounds import CALM, SPELLS, race, rows_of
 
-import stalewise
 from stalewise.protocol.elastic import Elastic
 from stalewise.protocol.staleness import Staleness
 from stalewise.timing.outcome import half_interval
@@ -180,10 +178,7 @@ def main() -> None:
     # A stage that ran ahead while the pipeline filled has come back before anything is timed.
     options |= {"slow": SLOW, "probability": 1 / 3, "micro_batches": 1, "split": "own", "warm_up": 96}
     print(f"{machine()}; load {os.getloadavg()[0]:.1f} before the start")
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "results.json")
-        stalewise.launch(worker, num_workers=options["stages"], args=[options, str(file)])
-        results = json.loads(file.read_text())
+    results = race(options)
     print(
         f"{options['model']}, batch {options['batch_size']}, K = {options['stages']}, {options['rounds']} rounds of "
         f"{options['updates']} updates: mean +- half of the 95% interval over rounds"

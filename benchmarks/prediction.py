@@ -23,14 +23,13 @@ import json
 import os
 import statistics
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from common import add_out, leave, machine, spread, table, verdict
 from rounds import interleaved
-from sides import Batch, Side, Task, loss_fn, make_batches, optimizer
+from sides import PipelineSide, Task, loss_fn, make_batches, optimizer
 
 import stalewise
 from stalewise.engine.split import Chain
@@ -45,8 +44,8 @@ from stalewise.runtime.job import current_job
 TARGET = 0.10
 
 
-class PlannedSide(Side):
-    """A plan's pipeline, which pauses between runs with its batches in flight."""
+class PlannedSide(PipelineSide):
+    """A plan's pipeline."""
 
     def __init__(self, task: Task, plan: Plan) -> None:
         super().__init__(task)
@@ -60,15 +59,6 @@ class PlannedSide(Side):
             device="cpu",
             verbose=False,
         )
-
-    def train(self, batches: Sequence[Batch]) -> list[int]:
-        begin = self.task.job.clock()
-        self.losses.extend(self.pipeline.train(batches, drain=False))
-        own = self.pipeline.traces()[self.task.job.rank]
-        return [span.end_ns for span in own if span.kind is Kind.UPDATE and span.start_ns >= begin]
-
-    def close(self) -> None:
-        self.losses.extend(self.pipeline.drain())
 
     def actions(self) -> dict[str, list[float]]:
         """Median seconds of each kind of action, per stage; all ranks ask."""

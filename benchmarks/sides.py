@@ -257,8 +257,23 @@ class Side(ABC):
     def close(self) -> None: ...
 
 
-class OwnSide(Side):
-    """A method of stalewise, which pauses between runs with its batches in flight."""
+class PipelineSide(Side):
+    """A pipeline of stalewise, which pauses between runs with its batches in flight."""
+
+    pipeline: stalewise.Pipeline
+
+    def train(self, batches: Sequence[Batch]) -> list[int]:
+        begin = self.task.job.clock()
+        self.losses.extend(self.pipeline.train(batches, drain=False))
+        own = self.pipeline.traces()[self.task.job.rank]
+        return [span.end_ns for span in own if span.kind is Kind.UPDATE and span.start_ns >= begin]
+
+    def close(self) -> None:
+        self.losses.extend(self.pipeline.drain())
+
+
+class OwnSide(PipelineSide):
+    """A method of stalewise."""
 
     def __init__(
         self,
@@ -302,15 +317,6 @@ class OwnSide(Side):
             compile=row.compile,
             measure_memory=measure_memory,
         )
-
-    def train(self, batches: Sequence[Batch]) -> list[int]:
-        begin = self.task.job.clock()
-        self.losses.extend(self.pipeline.train(batches, drain=False))
-        own = self.pipeline.traces()[self.task.job.rank]
-        return [span.end_ns for span in own if span.kind is Kind.UPDATE and span.start_ns >= begin]
-
-    def close(self) -> None:
-        self.losses.extend(self.pipeline.drain())
 
 
 class TorchSide(Side):

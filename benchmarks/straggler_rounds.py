@@ -17,6 +17,7 @@ import json
 import random
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ import torch
 from sides import TORCH_ROWS, OwnRow, OwnSide, Side, TorchRow, TorchSide, make_task, named
 from straggler_model import predicted_windows
 
+import stalewise
 from stalewise.protocol.actions import Kind
 from stalewise.protocol.staleness import Staleness
 from stalewise.protocol.stragglers import Straggler, Stragglers
@@ -34,7 +36,7 @@ from stalewise.runtime.exchange import all_gather_json
 from stalewise.runtime.job import current_job
 from stalewise.timing.slow_steps import mean_slowing, mean_times
 
-__all__ = ["CALM", "SPELLS", "Row", "Schedule", "mean_staleness", "rows_of", "situations", "worker"]
+__all__ = ["CALM", "SPELLS", "Row", "Schedule", "mean_staleness", "race", "rows_of", "situations", "worker"]
 
 CALM, SPELLS = "calm", "spells"
 Row = OwnRow | TorchRow
@@ -131,6 +133,15 @@ class Schedule:
     def floor(self, run: int, num_stages: int) -> float:
         """Mean slow-down of the timed steps of all stages, which decoupling cannot avoid."""
         return mean_slowing(Stragglers.of(self.straggler(run)), num_stages, *self.window(run))
+
+
+def race(options: dict[str, Any]) -> dict[str, Any]:
+    """What `worker` on each of `options["stages"]` processes finds."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "results.json")
+        stalewise.launch(worker, num_workers=options["stages"], args=[options, str(file)])
+        found: dict[str, Any] = json.loads(file.read_text())
+    return found
 
 
 def worker(options: dict[str, Any], out: str) -> None:

@@ -15,15 +15,12 @@ import argparse
 import json
 import os
 import statistics
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from common import machine, spread, table
-from straggler_rounds import CALM, SPELLS, rows_of, worker
-
-import stalewise
+from straggler_rounds import CALM, SPELLS, race, rows_of
 
 LEGEND = """
 slow-down: step time over that of the same row in the calm run of the same round; median (min .. max) over rounds.
@@ -111,10 +108,7 @@ def main() -> None:
     options["situations"] += [SPELLS] * options.pop("spells")
     options["settle"] = 4
     print(f"{machine()}; load {os.getloadavg()[0]:.1f} before the start")
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "results.json")
-        stalewise.launch(worker, num_workers=options["stages"], args=[options, str(file)])
-        results = json.loads(file.read_text())
+    results = race(options)
     print(
         f"{options['model']}, batch {options['batch_size']}, K = {options['stages']}, a step is slow with probability "
         f"{options['probability']:.3g}, {options['rounds']} rounds of {options['updates']} updates: median (min .. max)"

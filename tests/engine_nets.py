@@ -18,7 +18,7 @@ from stalewise.engine.assemble import assemble_stage
 from stalewise.engine.randomness import stream_seed
 from stalewise.engine.sequential import SequentialEngine
 from stalewise.engine.split import Chain
-from stalewise.methods import DSP, Method
+from stalewise.methods import DSP, Method, PipeMare
 
 CPU = torch.device("cpu")
 Batches = list[tuple[Any, Any]]
@@ -60,6 +60,12 @@ def cnn(*, dropout: float = 0.3) -> list[nn.Module]:
 
 NETS: dict[str, Callable[..., list[nn.Module]]] = {"mlp": mlp, "cnn": cnn}
 INPUT_SHAPES = {"mlp": (5,), "cnn": (2, 4, 4)}
+CURRENT_IN_GRAPHS: dict[str, Method] = {
+    "stored": DSP.minimal(3, activations="stored", weights="current"),
+    "auto": DSP.minimal(3, activations="auto", weights="current"),
+    "pipemare": PipeMare(3),
+}
+"""Methods of three stages that put today's weights into yesterday's graphs."""
 
 
 def classification(net: str, count: int, *, size: int = 4, last_size: int | None = None) -> Batches:

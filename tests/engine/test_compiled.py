@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from engine_nets import assert_same, classification, cnn, momentum
+from engine_nets import CURRENT_IN_GRAPHS, assert_same, classification, cnn, momentum
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.nn.functional import cross_entropy
 
 import stalewise
-from stalewise.methods import DSP, GPipe, Method, PipeMare
+from stalewise.methods import DSP, GPipe, Method
 
 RECOMPUTE = DSP.minimal(3)
 STORED = DSP.minimal(3, activations="stored")
@@ -100,15 +100,7 @@ def test_a_resumed_run_goes_on(tmp_path: Path) -> None:
     assert_same((losses, second.state_dict()), expected)
 
 
-@pytest.mark.parametrize(
-    "method",
-    [
-        DSP.minimal(3, activations="stored", weights="current"),
-        DSP.minimal(3, activations="auto", weights="current"),
-        PipeMare(3),
-    ],
-    ids=["stored", "auto", "pipemare"],
-)
+@pytest.mark.parametrize("method", CURRENT_IN_GRAPHS.values(), ids=CURRENT_IN_GRAPHS)
 def test_current_weights_in_stored_graphs_are_refused(method: Method) -> None:
     with pytest.raises(stalewise.ConfigError, match='weights="current" cannot work with compile'):
         pipeline(method, partition="profile")

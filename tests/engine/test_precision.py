@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from engine_nets import Batches, assert_same, classification, cnn, momentum
+from engine_nets import CURRENT_IN_GRAPHS, Batches, assert_same, classification, cnn, momentum
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import stalewise
-from stalewise.methods import BP, DSP, GPipe, Method, PipeMare
+from stalewise.methods import BP, DSP, GPipe, Method
 from stalewise.plan.memory import predict_memory
 
 CUTS = (2, 6)
@@ -210,15 +210,7 @@ def test_memory_is_measured_and_predicted(method: Method) -> None:
         assert half.total == pytest.approx(expected.total, rel=0.35)
 
 
-@pytest.mark.parametrize(
-    "method",
-    [
-        DSP.minimal(3, activations="stored", weights="current"),
-        DSP.minimal(3, activations="auto", weights="current"),
-        PipeMare(3),
-    ],
-    ids=["stored", "auto", "pipemare"],
-)
+@pytest.mark.parametrize("method", CURRENT_IN_GRAPHS.values(), ids=CURRENT_IN_GRAPHS)
 @pytest.mark.parametrize("partition", ["profile", CUTS])
 def test_current_weights_in_stored_graphs_are_refused_when_it_is_built(method: Method, partition: Any) -> None:
     with pytest.raises(stalewise.ConfigError, match="weights=\"current\" cannot work under autocast='bfloat16'"):

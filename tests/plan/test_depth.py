@@ -154,5 +154,5 @@ def test_auto_is_a_value_like_others() -> None:
         DSP(staleness="auto", num_stages=3, queue=(1, 1, 0))
     with pytest.raises(ConfigError, match="num_stages is 2"):
         DSP(staleness=(4, 2, 0), num_stages=2)
-    with pytest.raises(NotImplementedError, match="leaves no staleness"):
+    with pytest.raises(ConfigError, match="leaves no staleness"):
         BP(3).with_staleness((0, 0, 0))

@@ -47,11 +47,13 @@ class Method(abc.ABC):
 
     def with_staleness(self, staleness: Sequence[int]) -> Method:
         """The same with this staleness, where a method leaves it to a plan."""
-        raise NotImplementedError(f"{self.name} leaves no staleness to a plan")
+        raise ConfigError(f"{self.name} leaves no staleness to a plan; its staleness is {self.staleness}.")
 
     def with_activations(self, activations: Activations | Sequence[Activations]) -> Method:
         """The same with these activations, where a method leaves them to a plan."""
-        raise NotImplementedError(f"{self.name} leaves nothing to a plan")
+        raise ConfigError(
+            f"{self.name} leaves nothing to a plan: what its stages keep of a forward is part of the method."
+        )
 
     @property
     def elastic_rule(self) -> Elastic | None:

@@ -24,7 +24,8 @@ from stalewise.report.page import (
     section,
     table,
 )
-from stalewise.report.run_folder import EpochPoint, Partition, Record, RunFolder
+from stalewise.report.record import Record
+from stalewise.report.run_folder import EpochPoint, Partition, RunFolder
 from stalewise.report.timeline import Activity, StageUsage, Timeline, Usage
 from stalewise.report.wording import (
     NOT_RECORDED,
