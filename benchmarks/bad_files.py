@@ -31,6 +31,8 @@ from stalewise.checkpoint.batch_file import read_batch, write_batch
 from stalewise.data import Batches, load_data
 from stalewise.report import write_report
 
+COMPARE = ["compare", "--methods", "bp,dsp", *RUN]
+
 __all__ = ["data_files", "output_folders", "run_folders"]
 
 
@@ -178,10 +180,31 @@ def _finished(folder: Path, elastic: bool) -> Path:
     return path
 
 
+@functools.cache
+def _compared(folder: Path) -> Path:
+    """A comparison that went well."""
+    path = folder / "compared"
+    obey([*COMPARE, "--out", str(path)])
+    return path
+
+
 def run_folders(random: Random, folder: Path) -> Case:
     """A command on a run folder of which one file is damaged."""
     name = random.choice(
-        ["report", "simulate", "plan", "replay", "resume", "evaluate", "show", "verify", "export", "compare", "batch"]
+        [
+            "report",
+            "simulate",
+            "plan",
+            "replay",
+            "resume",
+            "evaluate",
+            "show",
+            "verify",
+            "export",
+            "compare",
+            "go on",
+            "batch",
+        ]
     )
     path = folder / "damaged"
     shutil.rmtree(path, ignore_errors=True)
@@ -190,10 +213,10 @@ def run_folders(random: Random, folder: Path) -> Case:
         which = random.choice((file, file.with_suffix(".safetensors")))
         which.write_bytes(damaged_bytes(random, which.read_bytes()))
         return Case(f"read_batch {file}", partial(read_batch, file), must_fail=False)
-    shutil.copytree(_finished(folder, name == "replay"), path)
+    shutil.copytree(_compared(folder) if name == "go on" else _finished(folder, name == "replay"), path)
     if name == "compare":
         (path / "comparison.json").write_text(json.dumps(damaged_json(random, {"rows": [], "seeds": 1, "shared": {}})))
-        line = ["compare", "--methods", "bp,dsp", *RUN, "--out", str(path)]
+        line = [*COMPARE, "--out", str(path)]
         return Case(" ".join(line), partial(obey, line))
     inside = "checkpoints" if name in ("show", "verify", "export", "resume") else "."
     files = [file for file in (path / inside).rglob("*") if file.is_file()]
@@ -228,6 +251,7 @@ def run_folders(random: Random, folder: Path) -> Case:
         ],
         "resume": ["train", "--resume", str(path)],
         "evaluate": ["evaluate", str(path)],
+        "go on": [*COMPARE, "--out", str(path)],
         "show": ["checkpoint", "show", str(path / "checkpoints")],
         "verify": ["checkpoint", "verify", str(path / "checkpoints")],
         "export": ["checkpoint", "export", str(path / "checkpoints"), "--out", str(folder / "export.safetensors")],

@@ -34,7 +34,7 @@ from stalewise.protocol.stragglers import Straggler, Stragglers
 from stalewise.protocol.trace import Span
 from stalewise.runtime.exchange import all_gather_json
 from stalewise.runtime.job import current_job
-from stalewise.timing.slow_steps import mean_slowing, mean_times
+from stalewise.timing.slow_steps import mean_slowing
 
 __all__ = ["CALM", "SPELLS", "Row", "Schedule", "mean_staleness", "race", "rows_of", "situations", "worker"]
 
@@ -194,7 +194,7 @@ def worker(options: dict[str, Any], out: str) -> None:
             result["staleness"] = [mean_staleness(spans, schedule.window(run)) for run in range(len(schedule.runs))]
             calm = [schedule.window(run) for run, name in enumerate(schedule.runs) if name == CALM]
             if job.rank == 0 and calm:
-                result["model_s"] = predicted_windows(method, mean_times(spans, calm), schedule)
+                result["model_s"] = predicted_windows(method, spans, calm, schedule)
         found.append(result)
         side.close()
     if job.rank == 0:

@@ -10,7 +10,7 @@ from stalewise.methods import BP, DSP, GPipe
 from stalewise.protocol.actions import COMPUTE, Kind
 from stalewise.protocol.stragglers import Straggler, Stragglers
 from stalewise.timing import StepCosts, simulate
-from stalewise.timing.draws import by_update, draw_rows, jittered
+from stalewise.timing.draws import by_update, draw_rows, jittered, varied
 from stalewise.timing.outcome import half_interval
 from stalewise.timing.slow_steps import replica_of, slow_steps
 
@@ -135,3 +135,17 @@ def test_what_cannot_be_drawn_is_refused() -> None:
     for wrong in (-0.1, float("nan"), "x"):
         with pytest.raises(ConfigError, match="jitter"):
             jittered(StepCosts.of_kinds(program, {}), wrong, seed=0)  # type: ignore[arg-type]
+
+
+def test_measured_steps_are_rows() -> None:
+    """Each stage's own; waits, loads and sends are as quick in all of them."""
+    program = DSP.minimal(2).program()
+    times = {Kind.FORWARD: 10, Kind.RECOMPUTE: 10, Kind.BACKWARD: 20, Kind.SEND_ACTIVATION: 7}
+    calm = StepCosts.of_kinds(program, times)
+    rows = varied(calm, program, [[1.0, 2.0, 0.5], [3.0]])
+    assert [len(table) for table in rows.tables] == [3, 1]
+    for stage, (table, (row,)) in enumerate(zip(rows.tables, calm.tables, strict=True)):
+        computes = np.array([slot.kind in COMPUTE for slot in program.stages[stage].slots])
+        assert row[~computes].sum() == (7 if stage == 0 else 0)
+        for factor, varied_row in zip([[1.0, 2.0, 0.5], [3.0]][stage], table, strict=True):
+            np.testing.assert_array_equal(varied_row, np.where(computes, factor * row, row))

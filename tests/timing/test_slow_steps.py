@@ -9,7 +9,7 @@ from stalewise.protocol.actions import Action, Kind
 from stalewise.protocol.stragglers import Straggler, Stragglers
 from stalewise.protocol.trace import Trace
 from stalewise.timing.costs import StepCosts
-from stalewise.timing.slow_steps import mean_slowing, mean_times, predicted_slow_down, slow_steps
+from stalewise.timing.slow_steps import mean_slowing, mean_times, predicted_slow_down, slow_steps, step_factors
 
 UNIT = 1_000_000
 TIMES = {Kind.FORWARD: [UNIT] * 3, Kind.RECOMPUTE: [UNIT] * 3, Kind.BACKWARD: [2 * UNIT] * 3}
@@ -55,7 +55,7 @@ def test_the_floor_is_the_mean() -> None:
     assert mean_slowing(Stragglers.of(Straggler(stages=(0,), factor=2, first=10)), 2, 0, 20) == 0.25
 
 
-def test_mean_times_of_some_updates() -> None:
+def test_mean_times_and_jitter_of_some_updates() -> None:
     trace = Trace(0)
     now = 0
     for update in range(4):
@@ -63,3 +63,4 @@ def test_mean_times_of_some_updates() -> None:
             trace.add(Action(kind, None if kind is Kind.UPDATE else update), update, now, now + time_ns)
             now += time_ns
     assert mean_times([list(trace)], [(1, 2), (3, 4)]) == {Kind.BACKWARD: [12], Kind.UPDATE: [5]}
+    assert step_factors([list(trace)], [(1, 2), (3, 4)]) == [[16 / 17, 18 / 17]]

@@ -20,10 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stalewise.errors import PlanError
-from stalewise.protocol.actions import COMPUTE, Kind
+from stalewise.protocol.actions import Kind
 from stalewise.protocol.program import Program
 from stalewise.timing import Links, StepCosts, TimedProgram
-from stalewise.timing.draws import Rows
+from stalewise.timing.draws import Rows, varied
 
 __all__ = ["WITHIN", "Depth", "Jitter", "choose_depth"]
 
@@ -189,7 +189,7 @@ class _Model:
         self.known: dict[tuple[int, ...], float] = {}
         self._program_of, self._times, self._links = program_of, times_ns, links
         longest = max(map(len, jitter.factors))
-        self._factors: list[Floats] = [np.resize(np.array(factors), longest) for factors in jitter.factors]
+        self._factors = [np.resize(np.array(factors), longest).tolist() for factors in jitter.factors]
         self._jitter = jitter
 
     def ratio(self, slack: tuple[int, ...]) -> float:
@@ -201,17 +201,14 @@ class _Model:
     def _ratio(self, staleness: tuple[int, ...]) -> float:
         program = self._program_of(staleness)
         calm = StepCosts.of_kinds(program, self._times)
-        tables = []
-        for (row,), steps, factors in zip(calm.tables, program.stages, self._factors, strict=True):
-            computes = np.array([slot.kind in COMPUTE for slot in steps.slots])
-            tables.append(np.rint(np.where(computes, row * factors[:, None], row)).astype(np.int64))
-        timed = TimedProgram(program, StepCosts(tuple(tables)), self._links)
+        costs = varied(calm, program, self._factors)
+        timed = TimedProgram(program, costs, self._links)
         rows = self._rows(timed.num_steps(_UPDATES))
         table = timed.run(_UPDATES, rows=rows)
         begin, end = table.window
         means = [
             of_stage.sum(axis=1)[drawn[begin + 1 : end + 1]].mean(axis=0)
-            for of_stage, drawn in zip(tables, rows, strict=True)
+            for of_stage, drawn in zip(costs.tables, rows, strict=True)
         ]
         carried = max((link.transfer_ns for link in (*self._links.activations, *self._links.gradients)), default=0)
         unbounded = np.maximum(np.max(means, axis=0), carried)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from stalewise.errors import ConfigError
+from stalewise.protocol.actions import COMPUTE
 from stalewise.protocol.numbers import check_real
 from stalewise.protocol.program import Program
 from stalewise.timing.costs import LARGEST_NS, StepCosts
 
-__all__ = ["Rows", "by_update", "draw_rows", "jittered"]
+__all__ = ["Rows", "by_update", "draw_rows", "jittered", "varied"]
 
 JITTER_ROWS = 4096
 """Different steps of a stage whose times vary."""
@@ -77,4 +79,19 @@ def jittered(costs: StepCosts, variation: float, *, seed: int) -> StepCosts:
         multiples = np.random.default_rng((seed, stage, 1)).lognormal(sigma=sigma, size=(JITTER_ROWS, 1))
         many = table[np.arange(JITTER_ROWS) % len(table)] * (multiples / multiples.mean())
         tables.append(np.clip(np.rint(many), 0, LARGEST_NS).astype(np.int64))
+    return StepCosts(tuple(tables))
+
+
+def varied(costs: StepCosts, program: Program, factors: Sequence[Sequence[float]]) -> StepCosts:
+    """A row for each measured step: what it computes takes a multiple of its time, all of its actions alike.
+
+    Args:
+        costs: of one row.
+        program: whose costs they are.
+        factors: per stage, times of steps over that row.
+    """
+    tables = []
+    for (row,), steps, of_stage in zip(costs.tables, program.stages, factors, strict=True):
+        computes = np.array([slot.kind in COMPUTE for slot in steps.slots])
+        tables.append(np.rint(np.where(computes, np.outer(of_stage, row), row)).astype(np.int64))
     return StepCosts(tuple(tables))

@@ -15,7 +15,7 @@ from stalewise.timing.costs import StepCosts
 from stalewise.timing.draws import Rows, by_update
 from stalewise.timing.timetable import TimedProgram
 
-__all__ = ["mean_slowing", "mean_times", "predicted_slow_down", "replica_of", "slow_steps"]
+__all__ = ["mean_slowing", "mean_times", "predicted_slow_down", "replica_of", "slow_steps", "step_factors"]
 
 _TIMED = (*(kind for kind in Kind if kind in COMPUTE), Kind.LOAD, Kind.SEND_ACTIVATION, Kind.SEND_GRADIENT)
 
@@ -42,6 +42,24 @@ def mean_times(spans: Sequence[Sequence[Span]], windows: Sequence[tuple[int, int
             update += span.kind is Kind.UPDATE
     steps = sum(end - first for first, end in windows)
     return {kind: [round(time / steps) for time in times] for kind, times in total.items() if any(times)}
+
+
+def step_factors(spans: Sequence[Sequence[Span]], windows: Sequence[tuple[int, int]]) -> list[list[float]]:
+    """How the steps of each stage vary: what each of some updates computed over their mean, in their order.
+
+    Arguments as for `mean_times`.
+    """
+    factors = []
+    for own in spans:
+        times: dict[int, int] = {}
+        update = 0
+        for span in own:
+            if span.kind in COMPUTE and any(first <= update < end for first, end in windows):
+                times[update] = times.get(update, 0) + span.end_ns - span.start_ns
+            update += span.kind is Kind.UPDATE
+        mean = sum(times.values()) / len(times)
+        factors.append([times[update] / mean for update in sorted(times)])
+    return factors
 
 
 def slow_steps(
