@@ -12,6 +12,7 @@ from stalewise.errors import ConfigError
 from stalewise.experiments import comparison
 from stalewise.experiments.compare import compare
 from stalewise.experiments.comparison import ComparisonConfig
+from stalewise.experiments.comparison_plan import ComparisonPlan
 from stalewise.experiments.config import TrainConfig
 from stalewise.experiments.experiment import Experiment, Part, Plan
 from stalewise.experiments.reproduce import reproduce
@@ -98,7 +99,8 @@ def test_equal_runs_of_two_experiments_are_made_once(tmp_path: Path, monkeypatch
         raise AssertionError("a run took place")
 
     # The cuts are given, but the comparison asks what they cost: that needs no run.
-    monkeypatch.setattr(comparison.Runner, "plan", lambda _: {"cuts": [2, 3], "method": "fixed", "predicted": {}})
+    plan = ComparisonPlan(method="fixed", cuts=(2, 3), memory={})
+    monkeypatch.setattr(comparison.Runner, "plan", lambda _: plan)
     monkeypatch.setattr(comparison, "launch", fail)
     for name, row in (("a", "dsp"), ("b", "m4.2.0=dsp")):
         config = ComparisonConfig(methods=(row,), options={}, baselines=(), seeds=1, shared=CONFIG)

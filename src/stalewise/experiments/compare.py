@@ -61,7 +61,7 @@ def _compare(
     runs = list(config.runs())
     try:
         plan = runner.plan()
-        display.planned(plan["cuts"], plan["method"])
+        display.planned(list(plan.cuts), plan.method)
         for planned in runs:
             found = runner.state(planned) == "done"
             if not found:

@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 from stalewise.errors import ConfigError, DataError, PlanError, StalewiseError, WorkerError
 from stalewise.experiments.comparison_folder import open_comparison
+from stalewise.experiments.comparison_plan import ComparisonPlan
 from stalewise.experiments.config import TrainConfig
 from stalewise.experiments.cuts import plan_cuts
 from stalewise.experiments.data_parallel import run_data_parallel
@@ -228,8 +229,8 @@ class Runner:
         self.shared = shared
         open_comparison(path, config.as_dict(), overwrite=overwrite)
 
-    def plan(self) -> dict[str, Any]:
-        """The content of partition.json: the cuts, and what they were chosen from. Profiles the model if need be."""
+    def plan(self) -> ComparisonPlan:
+        """The cuts, and what was predicted. Profiles the model if need be."""
         file = self.path / "partition.json"
         if not file.is_file():
             shared = self.path / ".shared.json"
@@ -240,8 +241,7 @@ class Runner:
                 launch(_plan_worker, num_workers=processes, args=[str(self.path), rows])
             finally:
                 shared.unlink()
-        plan: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        return plan
+        return ComparisonPlan.read(file)
 
     def state(self, planned: PlannedRun) -> Literal["done", "failed", "missing"]:
         """Of a run, as its folder tells it."""
@@ -266,7 +266,7 @@ class Runner:
                 shutil.rmtree(old)
         prepare_run_folder(folder, overwrite=False)
         try:
-            config = self.config.of(planned, tuple(self.plan()["cuts"]))
+            config = self.config.of(planned, self.plan().cuts)
             if planned.entry.method == "data-parallel":
                 run_data_parallel(config, folder, ranks=self.config.shared.stages)
             elif config.engine == "sequential":

@@ -18,6 +18,7 @@ import numpy as np
 
 from stalewise.errors import ConfigError
 from stalewise.experiments.comparison import Entry, PlannedRun, Runner
+from stalewise.experiments.comparison_plan import ComparisonPlan
 from stalewise.experiments.environment import typed_command
 from stalewise.experiments.machine import machine
 from stalewise.methods import DSP
@@ -71,7 +72,7 @@ def measure(folder: Path) -> RunNumbers:
     accuracies = [point.test_accuracy for point in run.epochs if point.test_accuracy is not None]
     epochs, training_s = run.summary.number("epochs"), run.summary.number("training_s")
     batches = run.summary.number("batches")
-    sent = run.summary.values.get("bytes_sent")
+    sent = run.summary.integers("bytes_sent")
     timeline = run.timeline
     usage = timeline.usage(timeline.window(STEADY_STEPS)) if timeline else None
     return RunNumbers(
@@ -79,7 +80,7 @@ def measure(folder: Path) -> RunNumbers:
         best_accuracy=max(accuracies, default=None),
         samples_per_s=run.summary.number("samples_per_s"),
         epoch_s=training_s / epochs if training_s is not None and epochs else None,
-        bytes_per_batch=sum(sent) / batches if isinstance(sent, list) and batches else None,
+        bytes_per_batch=sum(sent) / batches if sent is not None and batches else None,
         utilisation=tuple(stage.utilisation for stage in usage.stages) if usage else (),
         staleness=tuple(map(realised_staleness, timeline.stages)) if timeline else (),
         memory=tuple(_stage_memory(run)),
@@ -174,18 +175,23 @@ class Table:
         rows = [self._row(entry) for entry in config.entries]
         base = next((row.samples_per_s for row, entry in zip(rows, config.entries, strict=True) if _is_bp(entry)), None)
         target = default_target(rows) if self._target is None else self._target
-        plan = _read(self._runner.path / "partition.json")
+        plan = self._plan()
         return Comparison(
             rows=tuple(_with_ratios(row, base, target) for row in rows),
             settings=config.settings(),
             seeds=config.seeds,
-            cuts=tuple(plan["cuts"]) if plan else None,
+            cuts=plan.cuts if plan else None,
             target_accuracy=target,
             target_given=self._target is not None,
             floor=self._floor(),
             machine=machine(),
             command=typed_command(),
         )
+
+    def _plan(self) -> ComparisonPlan | None:
+        """None while it is not made."""
+        file = self._runner.path / "partition.json"
+        return ComparisonPlan.read(file) if file.is_file() else None
 
     def _floor(self) -> float | None:
         """Over the updates of the first run that is done."""
@@ -205,8 +211,8 @@ class Table:
         stragglers = Stragglers() if entry.baseline else Stragglers.of(config.shared.stragglers)
         twins = [self.look(replace(each, calm=True)) for each in planned] if stragglers else []
         pairs = [(slow, calm) for (_, slow), (_, calm) in zip(looks, twins, strict=False) if slow and calm]
-        plan = _read(self._runner.path / "partition.json") or {}
-        predicted = plan.get("predicted", {}).get(entry.name, {}).get("memory") or []
+        plan = self._plan()
+        predicted = plan.memory.get(entry.name, ()) if plan else ()
         memory = tuple(_memory(done, stage, predicted) for stage in range(_longest(run.memory for run in done)))
         method = config.of(planned[0], ()).build_method()
         return TableRow(
@@ -343,7 +349,3 @@ def _gradient_difference(metrics: Path) -> tuple[float | None, ...]:
                 last += [None] * (len(stages) - len(last))
                 last = [old if new is None else float(new) for old, new in zip(last, stages, strict=False)]
     return tuple(last)
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None

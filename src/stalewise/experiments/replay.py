@@ -5,7 +5,6 @@ order/stage0.txt    a line per cycle (from drain to drain), a letter per choice;
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from stalewise.experiments.config import TrainConfig
 from stalewise.protocol.course import Orders, realised_staleness, streams_of
 from stalewise.protocol.program import Program
 from stalewise.protocol.validate import run_streams
+from stalewise.report.record import read_json
 
 __all__ = ["order_summary", "read_orders", "replayed_config", "write_orders"]
 
@@ -81,14 +81,13 @@ def replayed_config(path: Path, *, engine: str, display: str) -> TrainConfig:
             f"{path} is of a run with fixed staleness, whose numbers do not depend on timing. "
             "Train again with its command."
         )
-    try:
-        cuts = json.loads((path / "partition.json").read_text(encoding="utf-8"))["cuts"]
-        threads = json.loads((path / "environment.json").read_text(encoding="utf-8"))["threads_per_stage"]
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"{path} holds no finished run ({error}); give the folder of one that has ended.") from None
+    cuts = read_json(path / "partition.json", required=False).integers("cuts")
+    threads = read_json(path / "environment.json", required=False).integer("threads_per_stage")
+    if cuts is None or threads is None:
+        raise ConfigError(f"{path} holds no finished run; give the folder of one that has ended.")
     return replace(
         config,
-        partition=tuple(cuts),
+        partition=cuts,
         threads=threads,
         engine=engine,
         display=display,

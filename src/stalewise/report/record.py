@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -101,7 +102,7 @@ class Record:
             line = self._text.count("\n", 0, match.start()) + 1
         where = str(self._path) if line is None else f"{self._path}, line {line}"
         return ConfigError(
-            f"{where}: {self._inside}{name} is {self.values.get(name)!r}; it must be {rule}. "
+            f"{where}: {self._inside}{name} is {reprlib.repr(self.values.get(name))}; it must be {rule}. "
             "Correct the value, or remove it: the report then says that it is not recorded."
         )
 
