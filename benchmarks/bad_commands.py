@@ -174,6 +174,7 @@ BAD: dict[str, tuple[list[str], dict[str, list[str]]]] = {
             "--copies": ["0", "-1", "x"],
         },
     ),
+    "report": (["report", "nowhere"], {}),
     "evaluate": (["evaluate", "nowhere"], {"--batch-size": COUNT, "--data": MISSING}),
     "checkpoint show": (["checkpoint", "show", "nowhere"], {}),
     "checkpoint verify": (["checkpoint", "verify", "nowhere"], {}),
@@ -205,7 +206,16 @@ CONTRADICTIONS = [
     ["checkpoint", "burn"],
     ["theory", "everything"],
 ]
-ALONE = {"evaluate", "checkpoint show", "checkpoint verify", "checkpoint export", "reproduce", "recipes", "doctor"}
+ALONE = {
+    "report",
+    "evaluate",
+    "checkpoint show",
+    "checkpoint verify",
+    "checkpoint export",
+    "reproduce",
+    "recipes",
+    "doctor",
+}
 """Commands whose usual line is bad already."""
 
 

@@ -211,7 +211,7 @@ def _leaks(spec: dict[str, Any], folder: Path) -> Iterator[str]:
     """Shared memory of the job's processes (Linux); with `launch`, which owns them, sockets in the file system."""
     pids = {path.suffix[1:] for path in folder.glob("process.*")}
     for path in Path("/dev/shm").glob("*"):
-        if pids & set(re.findall(r"\d+", path.name)):
+        if pids & set(re.split(r"[^0-9a-zA-Z]", path.name)):
             yield f"left shared memory {path.name}"
     for path in (folder / "tmp").rglob("*"):
         if path.is_socket() and spec["launcher"] == "launch":

@@ -196,6 +196,7 @@ def test_refuses_a_folder_that_holds_something(sequential_run: Path, tmp_path: P
         (["train", "--partition", "4;8"], "--partition"),
         (["train", "--straggler", "stages=3,factor=2"], "counted from 0"),
         (["evaluate", "nowhere"], "config.json"),
+        (["report", "nowhere"], "nowhere is not a folder"),
         (["program", "--stages", "0"], "at least 1"),
     ],
 )

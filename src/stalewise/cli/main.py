@@ -17,6 +17,7 @@ from stalewise.cli.evaluate import evaluate
 from stalewise.cli.plan import plan
 from stalewise.cli.program import program
 from stalewise.cli.recipes import recipes
+from stalewise.cli.report import report
 from stalewise.cli.reproduce import reproduce
 from stalewise.cli.simulate import simulate
 from stalewise.cli.theory import theory
@@ -44,6 +45,7 @@ app = typer.Typer(
 app.command()(train)
 app.command()(compare)
 app.command()(evaluate)
+app.command()(report)
 app.command()(plan)
 app.command()(program)
 app.command()(simulate)
@@ -74,9 +76,6 @@ def run() -> None:
         _fail(error.cause if brief else error, 2 if wrong_input else 1)
     except StalewiseError as error:
         _fail(error, 1)
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        sys.exit(130)
     except BrokenPipeError:
         # Whoever read the output has seen enough; nothing is left to be told to it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -11,6 +11,7 @@ import typer
 
 from stalewise.cli.recipes import use_recipe
 from stalewise.cli.resumed import given_options, resumed_config, resumed_folder
+from stalewise.cli.stopped import says_how_to_go_on
 from stalewise.experiments.config import (
     DISPLAYS,
     ON_NAN,
@@ -198,14 +199,14 @@ def train(
         given = given_options(context)
         folder = resumed_folder(resume)
         resumed = resumed_config(folder, config, given)
-        with locked_folder(folder):
+        with locked_folder(folder), says_how_to_go_on(folder):
             run(resumed, folder, resume=True, max_restarts=max_restarts)
         return
     if replay is not None:
         repeated = replayed_config(replay, engine=engine, display=config.display)
         config = replace(repeated, stragglers=config.stragglers)
     folder = out or _default_folder(config)
-    with locked_folder(folder):
+    with locked_folder(folder), says_how_to_go_on(folder):
         prepare_run_folder(folder, overwrite=overwrite)
         run(config, folder, max_restarts=max_restarts)
 

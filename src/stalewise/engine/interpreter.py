@@ -85,6 +85,7 @@ class Interpreter:
         waiting: the tensors in the queues of the links, for the meter.
         brake: makes slow steps take longer, or None.
         guard: what becomes of batches whose loss is not finite.
+        tell: called with the kind and the global batch of each action that begins.
 
     Attributes:
         batch: global index of the batch last acted on; -1 before the first.
@@ -106,6 +107,7 @@ class Interpreter:
         waiting: Callable[[], Iterable[Tensor]] = tuple,
         brake: Brake | None = None,
         guard: LossGuard = GO_ON,
+        tell: Callable[[Kind, int], None] = lambda kind, batch: None,
     ) -> None:
         self.stage = stage
         self.program = program
@@ -118,6 +120,7 @@ class Interpreter:
         self._waiting = waiting
         self._brake = brake
         self._guard = guard
+        self._tell = tell
         self._loaded: dict[int, Activation] = {}
         self._dropped: set[int] = set()
         self.bytes_sent = 0
@@ -152,6 +155,7 @@ class Interpreter:
         if action.batch is not None:
             self.batch = first_batch + action.batch
         self.action = action.kind
+        self._tell(action.kind, self.batch)
         if action.batch is None:
             if self.probe is not None:
                 self.probe.before_update(self.batch)

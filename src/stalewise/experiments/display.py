@@ -310,7 +310,8 @@ def bottleneck_line(record: dict[str, Any]) -> str:
 
 def summary_line(summary: dict[str, Any]) -> str:
     """The result in a line."""
+    epochs = "1 epoch" if summary["epochs"] == 1 else f"{summary['epochs']} epochs"
     return (
-        f"test accuracy {100 * summary['test_accuracy']:.2f}% after {summary['epochs']} epochs, "
+        f"test accuracy {100 * summary['test_accuracy']:.2f}% after {epochs}, "
         f"{summary['wall_time_s']:.1f} s in all, {summary['samples_per_s']:.0f} samples/s while training"
     )

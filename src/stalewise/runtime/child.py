@@ -18,6 +18,7 @@ from typing import Any, NoReturn, cast
 
 from stalewise.errors import WorkerError
 from stalewise.runtime.job import leave_job, report_failure
+from stalewise.runtime.place import keep_places_in
 
 __all__ = ["CHILD_VARIABLE", "import_and_run", "run_child"]
 
@@ -84,6 +85,7 @@ def import_and_run() -> NoReturn:
     settings = json.loads(os.environ[CHILD_VARIABLE])
     # Where multiprocessing puts sockets, such as a data loader's: a process that is killed removes none of them.
     cast(Any, multiprocessing.current_process())._config["tempdir"] = settings["temporary"]
+    keep_places_in(Path(settings["temporary"]))
     sys.path[:], sys.argv = settings["path"], settings["argv"]
     try:
         main = getattr(_module(settings), settings["name"])

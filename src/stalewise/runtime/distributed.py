@@ -57,6 +57,7 @@ from stalewise.runtime.link import Receiver, Sender
 from stalewise.runtime.link_snapshot import LinkSnapshot, restore_links
 from stalewise.runtime.optimizer_exchange import share_optimizer_state
 from stalewise.runtime.patience import Patience
+from stalewise.runtime.place import Place
 from stalewise.runtime.stage_links import StageLinks
 from stalewise.runtime.wire import MessageKind
 
@@ -113,6 +114,7 @@ class DistributedEngine(Engine):
         self._patience = Patience(recv_timeout_s)
         self._step_end: float | None = None
         self._doing: tuple[str | None, int | None] | None = None
+        self._place = Place(job.rank)
         self._feed = Feed((), stage.device)
         self._links = StageLinks(
             program,
@@ -136,6 +138,7 @@ class DistributedEngine(Engine):
             waiting=self._links.held,
             brake=Brake(stragglers, job.rank, stage.device) if stragglers else None,
             guard=guard,
+            tell=self._place.at,
         )
         courses = courses_of(program, replay)
         self._elastic = ElasticRank(courses[job.rank], self._interpreter, self._links) if courses else None
@@ -460,6 +463,7 @@ class DistributedEngine(Engine):
         """
         monitor = self._job.monitor
         self._doing = action, batch
+        self._place.leave()
         try:
             yield
         except Exception as error:
@@ -475,6 +479,7 @@ class DistributedEngine(Engine):
                 raise cause from None
             raise
         self._doing = None
+        self._place.leave()
 
     def _described(self, action: str | None, batch: int | None) -> tuple[str | None, int | None]:
         """What goes on: as given, or what the interpreter does."""

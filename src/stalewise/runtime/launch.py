@@ -26,6 +26,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 from stalewise.errors import (
@@ -41,6 +42,7 @@ from stalewise.runtime.allocator import allocator_environment
 from stalewise.runtime.child import CHILD_VARIABLE, run_child
 from stalewise.runtime.cores import threads_per_process
 from stalewise.runtime.failure import describe_doing, describe_failure, failure_key, rank_key, read_record
+from stalewise.runtime.place import last_place
 from stalewise.runtime.store import host_store
 
 __all__ = ["launch"]
@@ -255,7 +257,9 @@ class _Workers:
         return _worker_error(stored)
 
     def _last_seen(self, rank: int) -> str:
-        """What a worker was doing at its last sign of life, as a sentence that follows others."""
+        """What a worker was doing: its last action, or else its last sign of life. A sentence that follows others."""
+        if (place := last_place(Path(self._temporary), rank)) is not None:
+            return f" It was {describe_doing({'doing': place})}."
         key = rank_key(rank, self._restart)
         if not self._store.check([key]):
             return ""
