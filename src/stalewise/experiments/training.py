@@ -11,6 +11,7 @@ import math
 import os
 import sys
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -88,6 +89,7 @@ def train_worker(folder: str, command: str, resume: bool = False) -> None:
         command: by which the run was started, for the record.
         resume: whether to go on from the newest checkpoint; a job that was started again always does.
     """
+    warnings.formatwarning = _sentence
     path = Path(folder)
     config = TrainConfig.read(path / "config.json")
     threads = config.threads or default_threads(config)
@@ -142,6 +144,11 @@ def train_worker(folder: str, command: str, resume: bool = False) -> None:
         _follow(config, pipeline, checkpoints)
         _usage(config, pipeline)
         _finish(path, pipeline, None, {})
+
+
+def _sentence(message: Warning | str, category: type[Warning], *_: object, **__: object) -> str:
+    """A warning for who typed a command, and has no use for the place in the code."""
+    return f"warning: {message}\n" if category is UserWarning else f"warning: {category.__name__}: {message}\n"
 
 
 def _follow(config: TrainConfig, pipeline: Pipeline, checkpoints: RunCheckpoints) -> None:
