@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+import stalewise
 from stalewise.cli.main import app
 from stalewise.errors import CheckpointError, ConfigError
 
@@ -83,6 +84,20 @@ def test_another_pipeline(undisturbed: Path, tmp_path: Path) -> None:
     assert "moved by name to BP(stages=2" in (folder / "resumed.jsonl").read_text()
     assert json.loads((folder / "config.json").read_text())["method"] == "bp"
     assert json.loads((folder / "partition.json").read_text())["cuts"] == [2]
+
+
+def test_a_run_that_became_another_one_is_not_replayed(tmp_path: Path) -> None:
+    """The record begins where it became so. One that went on as it was is replayed bitwise."""
+    begun, same, other = tmp_path / "begun", tmp_path / "same", tmp_path / "other"
+    options = [option for option in OPTIONS if option not in ("--gradient-difference-every", "4")]
+    train(*options, "--option", "elastic=true", "--checkpoint-every", "3", "--keep", "100", "--out", str(begun))
+    train("--resume", str(interrupted(begun, same, 1)))
+    train("--replay", str(same), "--engine", "sequential", "--display", "quiet", "--out", str(tmp_path / "replayed"))
+    repeated, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path / "replayed", same))
+    assert all(torch.equal(repeated[name], value) for name, value in theirs.items())
+    train("--resume", str(interrupted(begun, other, 1)), "--staleness", "5,2,0")
+    with pytest.raises(stalewise.ConfigError, match="went on from a checkpoint otherwise than it was begun"):
+        train("--replay", str(other), "--engine", "sequential", "--out", str(tmp_path / "never"))
 
 
 def test_a_run_without_a_checkpoint_begins_anew(undisturbed: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ order/stage0.txt    a line per cycle (from drain to drain), a letter per choice;
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from stalewise.experiments.config import TrainConfig
 from stalewise.protocol.course import Orders, realised_staleness, streams_of
 from stalewise.protocol.program import Program
 from stalewise.protocol.validate import run_streams
-from stalewise.report.record import read_json
+from stalewise.report.record import read_json, read_text
 
 __all__ = ["order_summary", "read_orders", "replayed_config", "write_orders"]
 
@@ -81,6 +82,7 @@ def replayed_config(path: Path, *, engine: str, display: str) -> TrainConfig:
             f"{path} is of a run with fixed staleness, whose numbers do not depend on timing. "
             "Train again with its command."
         )
+    _check_exact(path)
     cuts = read_json(path / "partition.json", required=False).integers("cuts")
     threads = read_json(path / "environment.json", required=False).integer("threads_per_stage")
     if cuts is None or threads is None:
@@ -94,6 +96,23 @@ def replayed_config(path: Path, *, engine: str, display: str) -> TrainConfig:
         stragglers=(),
         replay=str(path.resolve()),
     )
+
+
+def _check_exact(path: Path) -> None:
+    """Refuse a run whose record does not repeat it, because it went on as another pipeline."""
+    file = path / "resumed.jsonl"
+    if file.is_file() and not all(map(_is_exact, read_text(file).splitlines())):
+        raise ConfigError(
+            f"{path} went on from a checkpoint otherwise than it was begun ({file} says how), so its record does not "
+            "repeat it from the first batch on. Replay a run that was never resumed, or as it was."
+        )
+
+
+def _is_exact(line: str) -> bool:
+    try:
+        return json.loads(line).get("exact", True) is not False
+    except (ValueError, AttributeError):
+        return True
 
 
 def order_summary(orders: Orders) -> dict[str, Any]:

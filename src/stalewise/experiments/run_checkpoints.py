@@ -122,7 +122,9 @@ class RunCheckpoints:
     def tell(self) -> str:
         """What was done, in a sentence; also kept in the run folder."""
         did = "there is no checkpoint yet; the run begins anew" if self.point is None else self.point.did
-        record = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "restart": restart_count(), "did": did}
+        exact = self.point is None or self.point.exact
+        now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        record = {"time": now, "restart": restart_count(), "exact": exact, "did": did}
         with (self._folder / "resumed.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         return did
