@@ -12,18 +12,22 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType, ModuleType
 from typing import Any, NoReturn, cast
 
 from stalewise.errors import WorkerError
 from stalewise.runtime.job import leave_job, report_failure
+from stalewise.runtime.leftovers import group_members, remove_shared_memory, wait_until_dead
 from stalewise.runtime.place import keep_places_in
 
 __all__ = ["CHILD_VARIABLE", "import_and_run", "run_child"]
 
 CHILD_VARIABLE = "STALEWISE_LAUNCH"
 """Set by `launch` for its children: a JSON object that says what to run."""
+LEFT_S = 1.0
+"""How long processes that are killed may take to die before what they leave is removed."""
 
 
 def run_child(main: Callable[..., object], args: Sequence[Any]) -> NoReturn:
@@ -32,31 +36,46 @@ def run_child(main: Callable[..., object], args: Sequence[Any]) -> NoReturn:
     threading.Thread(target=_end_with_parent, name="parent watch", daemon=True).start()
     signal.signal(signal.SIGTERM, _terminate)
     try:
+        code = _call(main, args)
+    except SystemExit as error:  # terminated while it told of a failure
+        code = error.code if isinstance(error.code, int) else 1
+    except KeyboardInterrupt:
+        code = 130
+    _exit_now(code)
+
+
+def _call(main: Callable[..., object], args: Sequence[Any]) -> int:
+    """The exit code of a worker; a failure is recorded."""
+    try:
         main(*args)
         leave_job()
     except WorkerError:  # another worker's failure, which the parent shows
-        _exit_now(1)
+        return 1
     except KeyboardInterrupt:
-        _exit_now(130)
+        return 130
     except SystemExit as error:
         if not error.code:
             leave_job()
         if not error.code or isinstance(error.code, int):
-            _exit_now(error.code or 0)
+            return error.code or 0
         report_failure(error)
-        _exit_now(1)
+        return 1
     except BaseException as error:
         report_failure(error)
-        _exit_now(1)
-    # What the script registered still runs. The interpreter's own shutdown is left out: a daemon thread that comes back
-    # from torch in the middle of it aborts the process.
+        return 1
+    # What the script registered still runs.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     atexit._run_exitfuncs()
-    _exit_now(0)
+    return 0
 
 
 def _exit_now(code: int) -> NoReturn:
-    """End without waiting for threads that still wait for peers."""
+    """End without waiting for threads that still wait for peers.
+
+    The interpreter's own shutdown is left out: a daemon thread that comes back from torch in the middle of it aborts
+    the process. So nothing may raise from here on, no signal either.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -66,8 +85,20 @@ def _end_with_parent() -> None:
     """The parent holds the other end of stdin; its end is ours, and that of all that this worker started."""
     while os.read(0, 1024):
         pass
+    # What the main thread meets from now on is no worker's fault, and nobody is there to read it.
+    silence = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silence, 1)
+    os.dup2(silence, 2)
+    own = os.getpid()
+    if os.getpgrp() == own:
+        started = [pid for pid in group_members(own) if pid != own]
+        for pid in started:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        wait_until_dead(started, LEFT_S)
+        remove_shared_memory([*started, own])
     shutil.rmtree(cast(Any, multiprocessing.current_process())._config.get("tempdir", ""), ignore_errors=True)
-    if os.getpgrp() == os.getpid():
+    if os.getpgrp() == own:
         os.killpg(0, signal.SIGKILL)
     os._exit(1)
 

@@ -42,6 +42,7 @@ from stalewise.runtime.allocator import allocator_environment
 from stalewise.runtime.child import CHILD_VARIABLE, run_child
 from stalewise.runtime.cores import threads_per_process
 from stalewise.runtime.failure import describe_doing, describe_failure, failure_key, rank_key, read_record
+from stalewise.runtime.leftovers import group_members, remove_shared_memory, wait_until_dead
 from stalewise.runtime.place import last_place
 from stalewise.runtime.store import host_store
 
@@ -269,7 +270,8 @@ class _Workers:
         return f" Shortly before, it was {doing}." if doing else ""
 
     def _end(self) -> None:
-        """Leave no process behind: ask, wait, then kill whole process groups."""
+        """Leave no process behind: ask, wait, then kill whole process groups. Nor what these leave."""
+        members = [pid for process in self._processes for pid in (process.pid, *group_members(process.pid))]
         for process in self._processes:
             if process.poll() is None:
                 _signal_group(process.pid, signal.SIGTERM)
@@ -282,6 +284,8 @@ class _Workers:
             process.wait()
             if process.stdin is not None:
                 process.stdin.close()
+        wait_until_dead(members, POLL_S)
+        remove_shared_memory(members)
         shutil.rmtree(self._temporary, ignore_errors=True)
 
 
