@@ -46,6 +46,7 @@ def test_a_signal_while_a_failure_is_told_does_not_bring_the_interpreters_shutdo
         import atexit, os, signal, time
         from stalewise.runtime import child
         atexit.register(print, "the interpreter shuts down")
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tests may ignore it
         def tell(error):
             os.kill(os.getpid(), {number.value})
             time.sleep(20)
