@@ -26,8 +26,7 @@ def test_a_worker_is_killed(stage: int, ended: dict[str, Ended]) -> None:
     job = ended[f"kill stage {stage}"]
     assert (job.error, job.cause_type) == ("WorkerError", "Killed")
     killed = f"{name_of(job, stage)} was killed by SIGKILL."
-    assert job.message.startswith(killed)
-    assert job.message.endswith(" The system may have run out of memory.")
+    assert job.message == f"{killed} It was in forward of batch {FAULT_BATCH}. The system may have run out of memory."
     assert job.seconds_until_gone < LIMIT_S
     assert job.left == ()
     assert "Traceback" not in job.output
