@@ -8,6 +8,9 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
+from multiprocessing import reduction
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +161,19 @@ class Samples(Dataset[tuple[Tensor, int]]):
         return torch.full((6,), float(index)), index % 6
 
 
+def _hand_over_late(folder: str, worker: int) -> None:
+    """From the fault on, this process of a loader waits in a handshake, for its job's end or that of the other side."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    send_handle = reduction.send_handle
+
+    def late(connection: Connection, *args: int) -> None:
+        if any(Path(folder).glob("fault.*")):
+            connection.poll(60.0)
+        send_handle(connection, *args)
+
+    reduction.send_handle = late
+
+
 def _batches(fault: Fault) -> Iterator[tuple[Tensor, Tensor]]:
     for index in range(40) if fault.place != "endless loop" else itertools.count():
         fault.reached("data")
@@ -242,14 +258,20 @@ def fail(
         start_timeout_s=start_timeout_s,
     )
     if "loader" in place:
-        loader = DataLoader(Samples(folder, fault), batch_size=2, num_workers=2, multiprocessing_context="fork")
-        batches: Any = loader
+        batches: Any = DataLoader(
+            Samples(folder, fault),
+            batch_size=2,
+            num_workers=2,
+            multiprocessing_context="fork",
+            worker_init_fn=partial(_hand_over_late, folder) if "late" in place else None,
+        )
     else:
         batches = _batches(fault)
     drain = (place, stage) != ("another drain", rank())
     for _ in pipe.train(batches if rank() == 0 else None, drain=drain):
         fault.reached("loop")
         fault.reached("loop over a loader")
+        fault.reached("loop over a late loader")
         fault.reached("endless loop")
     fault.reached_now("while the others wait for all")
     pipe.state_dict()

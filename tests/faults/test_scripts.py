@@ -50,7 +50,7 @@ if __name__ == "__main__":
 
 JOBS = {
     "python": ([], "forward", 1, "raise"),
-    "control-c": ([], "loop over a loader", 0, "interrupt"),
+    "control-c": ([], "loop over a late loader", 0, "interrupt"),
     "broken": ([],),
     "torchrun": (TORCHRUN, "while the others wait for all", 0, "raise"),
 }

@@ -76,6 +76,7 @@ def _exit_now(code: int) -> NoReturn:
     the process. So nothing may raise from here on, no signal either.
     """
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _end_helpers()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -104,7 +105,19 @@ def _end_with_parent() -> None:
 
 
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    _end_helpers()
     raise SystemExit(128 + number)
+
+
+def _end_helpers() -> None:
+    """The processes of a data loader end first: one that meets the end of this one in a handshake complains of it."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise an error for each
+    helpers = [process for process in multiprocessing.active_children() if process.daemon]
+    for process in helpers:
+        process.kill()
+    for process in helpers:
+        process.join(LEFT_S)
+    remove_shared_memory([process.pid for process in helpers if process.pid is not None])
 
 
 def import_and_run() -> NoReturn:
