@@ -48,6 +48,8 @@ STARTS = {
 
 SIGNALS = {
     **{f"kill stage {stage}": ("forward", stage, "kill") for stage in range(3)},
+    "kill in the loader": ("data", 0, "kill"),
+    "kill between two steps": ("loop", 1, "kill"),
     **{f"stop stage {stage}": ("forward", stage, "stop", 1.5) for stage in range(3)},
     "terminate stage 1": ("forward", 1, "terminate"),
     "interrupt": ("loop over a loader", 0, "interrupt"),

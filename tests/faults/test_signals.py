@@ -32,6 +32,20 @@ def test_a_worker_is_killed(stage: int, ended: dict[str, Ended]) -> None:
     assert "Traceback" not in job.output
 
 
+def test_a_worker_is_killed_in_the_loader(ended: dict[str, Ended]) -> None:
+    job = ended["kill in the loader"]
+    was_in = f"It was in load of batch {FAULT_BATCH}."
+    assert job.message == f"{name_of(job, 0)} was killed by SIGKILL. {was_in} The system may have run out of memory."
+
+
+def test_a_worker_is_killed_between_two_steps(ended: dict[str, Ended]) -> None:
+    """In the user's loop over the losses; the last action was a later batch's, or the update of this one's."""
+    job = ended["kill between two steps"]
+    start = f"{name_of(job, 1)} was killed by SIGKILL. It was in code that no pipeline calls, after batch "
+    assert job.message.startswith(start)
+    assert FAULT_BATCH <= int(job.message.removeprefix(start).partition(".")[0]) <= FAULT_BATCH + 2
+
+
 def test_a_worker_is_told_to_end(ended: dict[str, Ended]) -> None:
     """By somebody else than its parent, as by an administrator."""
     job = ended["terminate stage 1"]

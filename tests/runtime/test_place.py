@@ -31,13 +31,27 @@ def test_the_last_action_survives_a_kill(tmp_path: Path) -> None:
     assert last_place(tmp_path, 0) is None
 
 
-def test_nothing_goes_on_between_actions(tmp_path: Path) -> None:
+def test_between_actions_the_last_batch_stays_known(tmp_path: Path) -> None:
     mine = Place(0)
+    assert last_place(tmp_path, 0) is None
+    mine.leave()
     assert last_place(tmp_path, 0) is None
     mine.at(Kind.SEND_GRADIENT, 10**12)
     assert last_place(tmp_path, 0) == ("send gradient", 10**12)
     mine.leave()
-    assert last_place(tmp_path, 0) is None
+    assert last_place(tmp_path, 0) == (None, 10**12)
+
+
+def test_what_is_no_action_of_a_program_has_a_name(tmp_path: Path) -> None:
+    mine = Place(1)
+    mine.enter("load", 0)
+    assert last_place(tmp_path, 1) == ("load", 0)
+    mine.enter(None, None)
+    assert last_place(tmp_path, 1) == ("load", 0)
+    mine.at(Kind.FORWARD, 0)
+    assert last_place(tmp_path, 1) == ("forward", 0)
+    mine.enter("state_dict", None)
+    assert last_place(tmp_path, 1) == ("state_dict", None)
 
 
 def test_a_second_pipeline_takes_over(tmp_path: Path) -> None:
@@ -47,10 +61,12 @@ def test_a_second_pipeline_takes_over(tmp_path: Path) -> None:
     assert last_place(tmp_path, 0) is None
     second.at(Kind.BACKWARD, 7)
     first.leave()
-    assert last_place(tmp_path, 0) is None
+    assert last_place(tmp_path, 0) == (None, 7)
 
 
-@pytest.mark.parametrize("content", [b"", b"short", bytes(8) + b"\xff" * 8, b"\x7f" + bytes(15)])
+@pytest.mark.parametrize(
+    "content", [b"", b"short", bytes(8) + b"\xff" * 40, b"\x7f" + bytes(47), b"\x01" + bytes(15) + b"\xff" * 32]
+)
 def test_what_no_worker_wrote_says_nothing(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "place.0").write_bytes(content)
     assert last_place(tmp_path, 0) is None

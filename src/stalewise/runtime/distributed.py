@@ -463,7 +463,7 @@ class DistributedEngine(Engine):
         """
         monitor = self._job.monitor
         self._doing = action, batch
-        self._place.leave()
+        self._place.enter(action, batch)
         try:
             yield
         except Exception as error:

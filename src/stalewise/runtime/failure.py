@@ -68,7 +68,7 @@ def describe_doing(status: Mapping[str, Any]) -> str:
         return ""
     action, batch = status["doing"] or (None, None)
     if action is None:
-        return "in code that no pipeline calls"
+        return "in code that no pipeline calls" + ("" if batch is None else f", after batch {batch}")
     return f"in {action}" if batch is None else f"in {action} of batch {batch}"
 
 

@@ -19,8 +19,10 @@ from stalewise.protocol.trace import KIND_CODES
 
 __all__ = ["Place", "keep_places_in", "last_place"]
 
-_PAGE = struct.Struct("<qq")
-_NOWHERE = _PAGE.pack(0, 0)
+_PAGE = struct.Struct("<qq32s")
+_NOTHING, _NAMED, _FIRST_KIND = 0, 1, 2
+_NO_BATCH = -1
+_EMPTY = _PAGE.pack(_NOTHING, _NO_BATCH, b"")
 _folder: Path | None = None
 
 
@@ -43,27 +45,40 @@ class Place:
             return
         with suppress(OSError), open(os.open(_file(_folder, rank), os.O_RDWR | os.O_CREAT, 0o600), "r+b") as file:
             # Written, not only made longer: a full disk refuses here, and not by a signal later.
-            file.write(_NOWHERE)
+            file.write(_EMPTY)
             file.flush()
             self._page = mmap.mmap(file.fileno(), _PAGE.size)
 
     def at(self, kind: Kind, batch: int) -> None:
-        """This action begins."""
+        """This action of the program begins."""
         if self._page is not None:
-            _PAGE.pack_into(self._page, 0, 1 + KIND_CODES.index(kind), batch)
+            _PAGE.pack_into(self._page, 0, _FIRST_KIND + KIND_CODES.index(kind), batch, b"")
+
+    def enter(self, action: str | None, batch: int | None) -> None:
+        """What this is called begins; None: it is not known yet what, but soon to be."""
+        if self._page is not None and action is not None:
+            _PAGE.pack_into(self._page, 0, _NAMED, _NO_BATCH if batch is None else batch, action.encode())
 
     def leave(self) -> None:
-        """No action goes on."""
+        """Code of the user goes on; which batch was the last stays known."""
         if self._page is not None:
-            self._page[:] = _NOWHERE
+            _PAGE.pack_into(self._page, 0, _NOTHING, _PAGE.unpack_from(self._page)[1], b"")
 
 
-def last_place(folder: Path, rank: int) -> tuple[str, int] | None:
-    """The action in which a worker ended, in words, and its batch; None where it was in none, or that is unknown."""
-    with suppress(OSError, struct.error, IndexError):
-        code, batch = _PAGE.unpack(_file(folder, rank).read_bytes())
-        if code > 0:
-            return KIND_CODES[code - 1].name.lower().replace("_", " "), batch
+def last_place(folder: Path, rank: int) -> tuple[str | None, int | None] | None:
+    """What a worker did when it ended, in words, and the batch; no words: between two actions, after that batch.
+
+    None where it has begun nothing, or that is unknown.
+    """
+    with suppress(OSError, struct.error, IndexError, UnicodeDecodeError):
+        code, batch, name = _PAGE.unpack(_file(folder, rank).read_bytes())
+        of_batch = batch if batch >= 0 else None
+        if code == _NAMED:
+            return name.rstrip(b"\0").decode(), of_batch
+        if code >= _FIRST_KIND:
+            return KIND_CODES[code - _FIRST_KIND].name.lower().replace("_", " "), of_batch
+        if code == _NOTHING and of_batch is not None:
+            return None, of_batch
     return None
 
 
