@@ -86,6 +86,16 @@ def test_another_pipeline(undisturbed: Path, tmp_path: Path) -> None:
     assert json.loads((folder / "partition.json").read_text())["cuts"] == [2]
 
 
+def test_other_bounds_for_the_stages_that_the_run_has(undisturbed: Path, tmp_path: Path) -> None:
+    """Not for those that a new run would have."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    bounds = ("--staleness", "2,0", "--partition", "2")
+    train("--resume", str(interrupted(undisturbed, first, 1)), "--stages", "2", *bounds, "--checkpoint-every", "4")
+    train("--resume", str(interrupted(first, second, 3)), "--staleness", "3,0")
+    config = json.loads((second / "config.json").read_text())
+    assert (config["stages"], config["staleness"], config["partition"]) == (2, [3, 0], [2])
+
+
 def test_a_run_that_became_another_one_is_not_replayed(tmp_path: Path) -> None:
     """The record begins where it became so. One that went on as it was is replayed bitwise."""
     begun, same, other = tmp_path / "begun", tmp_path / "same", tmp_path / "other"

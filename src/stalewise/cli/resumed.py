@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -61,26 +62,25 @@ def resumed_folder(path: Path) -> Path:
     return path.resolve().parent.parent
 
 
-def resumed_config(folder: Path, typed: TrainConfig, given: set[str]) -> TrainConfig:
+def resumed_config(folder: Path, given: Mapping[str, Any]) -> TrainConfig:
     """The configuration with which a run goes on.
 
     Args:
         folder: of the run.
-        typed: what the command line says, defaults included.
-        given: fields that it really says.
+        given: the fields that the command line says, without defaults.
 
     Raises:
         ConfigError: where the folder is not that of a run, or an option would make it another run.
     """
     config = TrainConfig.read(folder / "config.json")
-    for name in sorted(given - _CHANGEABLE):
+    for name in sorted(given.keys() - _CHANGEABLE):
         option = "--" + name.replace("_", "-")
         raise ConfigError(
             f"{option} cannot be given with --resume: the run in {folder} was begun with its own, and goes on with it. "
             f"Leave {option} out, or begin another run."
         )
-    changes: dict[str, Any] = {name: getattr(typed, name) for name in given}
-    if given & {"method", "stages"}:
+    changes = dict(given)
+    if changes.keys() & {"method", "stages"}:
         # What the old method had does not fit the new one.
         defaults = {"queue": None, "staleness": None, "partition": "profile"}
         changes = {**defaults, **({"options": {}} if "method" in given else {}), **changes}

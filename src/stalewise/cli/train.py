@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -154,7 +154,7 @@ def train(
     Example: stalewise train --model resnet20 --data digits --stages 3 --method dsp --queue 1,1,0 --staleness 4,2,0
     """
     cuts = "profile" if partition == "profile" else parse_numbers(partition, "--partition")
-    config = TrainConfig(
+    values: dict[str, Any] = dict(
         model=model,
         data=data,
         data_dir=data_dir,
@@ -198,10 +198,11 @@ def train(
     if resume is not None:
         given = given_options(context)
         folder = resumed_folder(resume)
-        resumed = resumed_config(folder, config, given)
+        resumed = resumed_config(folder, {name: values.get(name) for name in given})
         with locked_folder(folder), says_how_to_go_on(folder):
             run(resumed, folder, resume=True, max_restarts=max_restarts)
         return
+    config = TrainConfig(**values)
     if replay is not None:
         repeated = replayed_config(replay, engine=engine, display=config.display)
         config = replace(repeated, stragglers=config.stragglers)
