@@ -65,11 +65,13 @@ def analyse(results: dict[str, Any], batch_size: int) -> list[dict[str, Any]]:
                 "staleness_half": half_interval(stale[label]),
                 "above_percent": None,
                 "above_half": None,
+                "above_of_rounds": [],
             }
             if row["elastic"] and line:
                 at = _on_the_line(stale[label], [stale[other] for other in line], [speed[other] for other in line])
                 above = 100 * (speed[label] / at - 1)
                 point["above_percent"], point["above_half"] = float(above.mean()), half_interval(above)
+                point["above_of_rounds"] = above.tolist()
             found.append(point)
     return found
 
@@ -102,17 +104,21 @@ def print_line(points: list[dict[str, Any]]) -> None:
         for point in here:
             if point["above_percent"] is None:
                 continue
-            half = point["above_half"]
-            verdict = (
-                "not known: one round has no interval"
-                if half is None
-                else "above the line by more than the interval"
-                if point["above_percent"] > half
-                else "below the line by more than the interval"
-                if point["above_percent"] < -half
-                else "within the interval of the line"
-            )
+            verdict = _place(point["above_percent"], point["above_half"])
             print(f"verdict {name}, bound {Staleness(point['setting'])}: {verdict}")
+    print()
+    for label in dict.fromkeys(point["label"] for point in points if point["elastic"]):
+        above = np.array([value for point in points if point["label"] == label for value in point["above_of_rounds"]])
+        mean, half = float(above.mean()), half_interval(above)
+        print(f"all situations, {label}: {_with(mean, half, 2)} %, {_place(mean, half)}")
+
+
+def _place(above: float, half: float | None) -> str:
+    if half is None:
+        return "not known: one round has no interval"
+    if abs(above) <= half:
+        return "within the interval of the line"
+    return f"{'above' if above > 0 else 'below'} the line by more than the interval"
 
 
 def print_calm(results: dict[str, Any], points: list[dict[str, Any]], batch_size: int) -> None:
