@@ -5,6 +5,7 @@ python docs/make_straggler_image.py docs/results/stragglers.json
 """
 
 import json
+import math
 import statistics
 import sys
 from pathlib import Path
@@ -26,7 +27,8 @@ def draw(results: dict[str, Any], target: Path) -> None:
     runs, batch = results["runs"], results["options"]["batch_size"]
     names = [name for name in dict.fromkeys(runs) if name != "spells"]
     percents = [0.0 if name == "calm" else float(name.strip("+%")) for name in names]
-    figure, (speed, slow) = plt.subplots(1, 2, figsize=(11, 5))
+    figure, (speed, slow) = plt.subplots(1, 2, figsize=(11.5, 6))
+    ends: list[tuple[float, str, str]] = []
     for row in results["rows"]:
         family = (
             "torch"
@@ -42,7 +44,7 @@ def draw(results: dict[str, Any], target: Path) -> None:
         label = row["label"].removeprefix("stalewise ")
         speeds = [batch / median_of(row["windows_s"], runs, name) for name in names]
         speed.plot(percents, speeds, color=colour, marker=marker, linestyle=line, alpha=alpha, markersize=4)
-        speed.annotate(label, (percents[-1], speeds[-1]), xytext=(5, -3), textcoords="offset points", fontsize=7)
+        ends.append((speeds[-1], label, colour))
         if row["model_s"] is not None:
             measured = [100 * slow_down(row["windows_s"], runs, name) for name in names]
             model = [100 * slow_down(row["model_s"], runs, name) for name in names]
@@ -53,7 +55,19 @@ def draw(results: dict[str, Any], target: Path) -> None:
     slow.set(xlabel="slow-down measured, %", ylabel="slow-down of the model, %", xlim=(0, largest), ylim=(0, largest))
     slow.legend(frameon=False)
     speed.set(xlabel="a slow step takes longer by, %", ylabel="samples/s", ylim=(0, None))
-    speed.margins(x=0.25)
+    speed.set(xticks=percents, xlim=(-8, percents[-1] * 1.45))
+    gap, place = speed.get_ylim()[1] / 34, -math.inf
+    for height, label, colour in sorted(ends):
+        place = max(height, place + gap)
+        speed.annotate(
+            label,
+            (percents[-1] + 2, height),
+            xytext=(percents[-1] * 1.07, place),
+            color=colour,
+            fontsize=7,
+            va="center",
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5, "alpha": 0.6},
+        )
     options = results["options"]
     figure.suptitle(
         f"{options['model']}, batch {batch}, {options['stages']} stages, each slow with probability "
