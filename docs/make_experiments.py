@@ -31,7 +31,7 @@ and plots. All of `short`:
 On an accelerator, `--engine sequential --device cuda:0 --label NAME` runs all stages in one process and keeps its
 files beside those of other hardware.
 
-No value of a table of the DSP paper is known here, so nothing is compared with one.
+Values are not compared with those of the DSP paper's tables.
 """
 
 

@@ -1,7 +1,7 @@
 """Streams of actions as text, and an independent statement of the order that one stage has to keep.
 
-`order_violations` knows dsp.md, section 3, and nothing of the validator: it lists which of a stage's own actions come
-before one that they have to follow.
+`order_violations` knows the order of docs/methods.md, and nothing of the validator: it lists which of a stage's own
+actions come before one that they have to follow.
 """
 
 from __future__ import annotations

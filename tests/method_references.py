@@ -1,4 +1,4 @@
-"""Straight-line references of the methods that DSP is compared with: section 6 of the project's ``dsp.md``.
+"""Straight-line references of the methods that DSP is compared with.
 
 A method is called with the fields of ``Task``, by position or keyword, and keywords of its own; it trains the
 layers in place, one pass over the batches. It is a choice of passes (how a stage forwards a batch and, later,

@@ -1,4 +1,4 @@
-"""A straight-line reference of DSP: section 3 of the project's ``dsp.md``, and nothing else of the project.
+"""A straight-line reference of DSP: what docs/methods.md says of its steps, with nothing else of the project.
 
 One loop over local steps n, the same n for all stages: lines 1 and 2 of every stage, first to last, so that
 each finds its activation; then lines 3 and 4 of every stage, last to first, so that each finds its gradient.

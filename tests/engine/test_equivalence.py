@@ -1,4 +1,4 @@
-"""The sequential engine computes what dsp.md, section 3, says: bitwise the same as the straight-line reference."""
+"""The sequential engine computes what docs/methods.md says: bitwise the same as the straight-line reference."""
 
 from __future__ import annotations
 

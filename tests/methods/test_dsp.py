@@ -1,4 +1,4 @@
-"""DSP as a value: dsp.md, section 2."""
+"""DSP as a value: what it takes, refuses and prints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Staleness keeps the rules of dsp.md, section 2, and its errors repair themselves."""
+"""Staleness keeps the rules of docs/notation.md, and its errors repair themselves."""
 
 from __future__ import annotations
 

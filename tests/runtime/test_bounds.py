@@ -1,4 +1,4 @@
-"""Memory is bounded by the staleness alone, whichever stage is slow (dsp.md, section 3)."""
+"""Memory is bounded by the staleness alone, whichever stage is slow."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ def test_one_stage_without_momentum_has_a_closed_form(delay: int) -> None:
 
 
 def test_the_known_limit_of_three_stages() -> None:
-    """(4,2,0): 0.3820, the value of dsp.md; it is (3 - sqrt 5) / 2."""
+    """(4,2,0): 0.3820, which is (3 - sqrt 5) / 2."""
     assert stability_limit((4, 2, 0)) == pytest.approx((3 - math.sqrt(5)) / 2, rel=1e-12)
 
 

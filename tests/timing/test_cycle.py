@@ -95,7 +95,7 @@ def test_forward_locking_shows() -> None:
 
 @pytest.mark.parametrize("slack", [1, 2, 3, 5])
 def test_slack_bears_the_delay_that_it_should(slack: int) -> None:
-    """dsp.md, section 3: up to (4 d - 3) / 2 forward-times one way."""
+    """Up to (4 d - 3) / 2 forward-times one way."""
     method = DSP(staleness=(2 * slack, slack, 0))
     most = (4 * slack - 3) * F // 2
     at = timed(method, Links.equal(3, LinkCost(latency_ns=most)))

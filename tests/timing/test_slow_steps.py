@@ -45,7 +45,7 @@ def test_backpropagation_on_a_slow_device() -> None:
     ("staleness", "percent"), [((2, 1, 0), 51), ((4, 2, 0), 41), ((6, 3, 0), 38), ((10, 5, 0), 36)]
 )
 def test_the_table_of_the_specification(staleness: tuple[int, ...], percent: float) -> None:
-    """One sample of 1000 steps against the mean that dsp.md, section 3, states."""
+    """One sample of 1000 steps against the mean of long simulations, action by action."""
     found = predicted_slow_down(DSP(staleness=staleness).program(), TIMES, Stragglers.of(THIRD), 1000)
     assert 100 * found == pytest.approx(percent, abs=5)
 

@@ -1,7 +1,7 @@
 """Buffers that a graph-less forward, or a batch with NaN in it, must not change.
 
 BatchNorm counts a batch in every pass, and a recomputing stage passes each batch twice. Only the pass that builds
-the graph may count it (dsp.md, section 3), so the other one runs on copies. The copies take the buffers' place in
+the graph may count it (docs/design.md), so the other one runs on copies. The copies take the buffers' place in
 the modules, because a module may update a buffer in place, assign another tensor, or register a new one. They are
 fresh ones for each pass, because a stage may also give a buffer away as its output.
 """

@@ -5,8 +5,6 @@ every stage had after exactly j updates, which are the weights that it applied G
 statistics.
 Stages get there at different times, so each keeps its weights and G when it applies it, and once the first stage has,
 the batch goes forward and backward through the kept weights. Nothing of the run is changed by it.
-
-Source: dsp.md, section 4 (gradient difference) [D].
 """
 
 from __future__ import annotations

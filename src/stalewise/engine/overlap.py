@@ -1,6 +1,6 @@
 """The forward of one batch beside the recompute and backward of another.
 
-Within a local step they need nothing of each other (dsp.md, section 3): both read the same weights, and where the
+Within a local step they need nothing of each other (docs/methods.md, DSP): both read the same weights, and where the
 graph-less forward ran on copies of the buffers, only the recompute changes them. On a device with room for both:
 
     main   .. U ─┬─ copies of buffers ─┬─ R j ── B j ────────────┬─ U ..      marks, not the program, wait

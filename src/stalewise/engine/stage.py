@@ -9,8 +9,7 @@ What a stage keeps per batch between its passes:
 A graph that is kept over an update names its weights (`saved_weights`), so that the backward can use those of its
 forward or those of the moment, whatever the optimizer did in between.
 
-Random layers, buffers and layers that work in place follow dsp.md, section 3: see `randomness`, `buffers` and
-`isolation`.
+Random layers, buffers and layers that work in place: see `randomness`, `buffers` and `isolation`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """DSP: Diversely Stale Parameters.
 
-Local step n of stage k (dsp.md, section 3), with j = n - m_k:
+Local step n of stage k (docs/methods.md), with j = n - m_k:
 
     RECV_A n   F n   SEND_A n   R j   RECV_G j   B j   SEND_G j   U
 

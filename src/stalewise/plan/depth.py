@@ -5,7 +5,7 @@
     links                ─┘
 
 With unbounded queues no stage ever waits for room, so the slowest one sets the pace by its mean step alone. Staleness
-costs accuracy (dsp.md, section 7 [D]), so the search begins with one batch of slack on every link, m_k = K-1-k, adds a
+costs accuracy (docs/elastic.md), so the search begins with one batch of slack on every link, m_k = K-1-k, adds a
 batch where that gains the most per batch of staleness, and in the end takes back what is not needed.
 """
 

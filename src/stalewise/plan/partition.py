@@ -5,8 +5,8 @@
 
     cost of stage k = its forwards + its backwards + its forwards once more, where it recomputes
 
-In the steady state the stages work at the same time, so a step takes as long as the slowest of them (dsp.md,
-section 3 [D]). The last stage of DSP does not recompute, so a good partition gives it more layers.
+In the steady state the stages work at the same time, so a step takes as long as the slowest of them
+(docs/timing.md). The last stage of DSP does not recompute, so a good partition gives it more layers.
 """
 
 from __future__ import annotations

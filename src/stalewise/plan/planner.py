@@ -7,7 +7,7 @@
                                        bytes = the most that the stage ever holds  (plan.memory)
                                  ──► dynamic programming over spans (plan.split)
 
-The slowest stage decides how long a step takes (dsp.md, section 3 [D]), so its time is the objective. Where the method
+The slowest stage decides how long a step takes (docs/timing.md), so its time is the objective. Where the method
 leaves it to the plan (`DSP(activations="auto")`), a stage stores its graphs only if recomputing would bring it near
 the slowest one: a faster stage would only wait longer, and graphs take memory.
 """

@@ -9,8 +9,7 @@ The rule:
     1  While no more than `least` batches are below, the next stage is about to starve: forward before anything else.
        Otherwise backward what has its gradient, and forward only where there is nothing to backward.
     2  Forward only while the batches in flight are at most m_k: the bound while something is slow, `least` otherwise.
-    3  Something is slow while the last 64 updates took 7% longer than if each had taken what their quickest
-       third took at most.
+    3  Something is slow while the mean duration of the last 64 updates is more than 7% above their 33rd percentile.
 
 So a calm pipeline is DSP(m_k = K-1-k), the shallowest that runs at full rate. When a step is slow here, or holds this
 stage up from elsewhere, the stage runs ahead up to its bound, and when calm is back it backwards without forwarding
@@ -46,7 +45,7 @@ class Elastic:
         least: staleness of a calm pipeline, at most the bound; None: K-1-k, or the bound where that is less. Links with
             a latency may need more.
         recompute: whether stages above the last one forward without a graph and recompute.
-        slow_share: part by which the last updates must be longer together than at the pace of their quickest third, for
+        slow_share: part by which the mean duration of the last updates must be above their 33rd percentile, for
             something to be slow: what jitter may cost.
         memory: how many updates are the last ones. So long a stage that ran ahead may stay ahead of a single slow step.
 

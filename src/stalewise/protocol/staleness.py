@@ -1,4 +1,4 @@
-"""Layer-wise staleness and what follows from it (dsp.md, section 2).
+"""Layer-wise staleness and what follows from it (docs/notation.md).
 
     K   num_stages          m_k  staleness[k]        d_k  slack[k] = m_k - m_{k+1}
 

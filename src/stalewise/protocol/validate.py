@@ -16,7 +16,8 @@
 
 The dry run covers prologue, several periods and epilogue; what follows repeats (see `protocol.program`). It is run
 twice, once with the first stages as far ahead as they can get and once with the last, because V8 must hold whatever
-any device does. Numbers of V7 and V8: dsp.md, section 3 [D].
+any device does. What a stage may hold, and how far it may run ahead (V7 and V8), follows from m and d:
+docs/notation.md.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ s = 0 is heavy ball, s = 1 Nesterov's method, s = 1 / (1 - beta) SGD at the rate
 it is: it keeps the sum of gradients and multiplies it with the rate of the moment, so that a change of the rate scales
 what was done before. Here old steps keep the rate they were done with, as the proof needs.
 
-Source: Yang, Lin and Li, arXiv:1604.03257 (the form); dsp.md, section 5 [R].
+Source: Yang, Lin and Li, arXiv:1604.03257 (the form); docs/theory.md, section 5.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
 Every coordinate i is a problem of its own with the eigenvalue a_i; all stages get the same gradient a_i h_i, as late as
 their staleness says.
 
-Source: dsp.md, section 5 [D].
+Source: own derivation, docs/theory.md, section 6.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ and has to be real: a trigonometric polynomial is zero. Divided by sin(theta) it
 come at once from a companion matrix in the Chebyshev basis, which is well conditioned on the circle. theta = pi is
 looked at by itself. One trained stage of delay T, without momentum: u = 2 sin(pi / (2 (2T + 1))).
 
-Source: own derivation, docs/theory.md; dsp.md, section 5 [D].
+Source: own derivation, docs/theory.md, section 6.
 """
 
 from __future__ import annotations
