@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,11 @@ from typer.testing import CliRunner
 
 import stalewise
 from stalewise.cli.main import app
+from stalewise.cli.resumed import resumed_config
 from stalewise.errors import CheckpointError, ConfigError
+from stalewise.experiments.config import TrainConfig
+from stalewise.experiments.run_lock import locked_folder
+from stalewise.experiments.run_writer import write_json
 
 pytestmark = [pytest.mark.timeout(180)]
 
@@ -132,6 +137,58 @@ def test_the_checkpoint_that_is_offered_instead_of_a_damaged_one(
     train("--resume", str(previous))
     assert metrics(folder) == metrics(undisturbed)
     assert [path.name.partition("-ckpt")[2] for path in (folder / "checkpoints").glob("aside-*")] == [newest.name[4:]]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_what_is_refused_changes_nothing(undisturbed: Path, tmp_path: Path) -> None:
+    """Neither the names of later checkpoints nor the configuration, wherever it is found out."""
+    folder = interrupted(undisturbed, tmp_path / "run", 4)
+    before = contents(folder)
+    first = sorted((folder / "checkpoints").glob("ckpt-*"))[0]
+    for options, error in (
+        ((str(first), "--lr", "0.5"), "--lr cannot be given with --resume"),
+        ((str(folder), "--stages", "20"), "20 stages"),
+        ((str(first), "--partition", "3,1"), "partition"),
+    ):
+        with pytest.raises(ConfigError, match=error):
+            CliRunner().invoke(app, ["train", "--resume", *options], catch_exceptions=False)
+    with locked_folder(folder), pytest.raises(ConfigError, match="in use"):
+        CliRunner().invoke(app, ["train", "--resume", str(first)], catch_exceptions=False)
+    assert contents(folder) == before
+
+
+def test_what_the_run_had_makes_room_for_what_is_given(undisturbed: Path, tmp_path: Path) -> None:
+    config = TrainConfig.read(undisturbed / "config.json")
+    config = replace(config, queue=(1, 1, 0), staleness=(4, 2, 0), options={"activations": ["stored"] * 3})
+    write_json(tmp_path / "config.json", config.as_dict())
+    deeper = resumed_config(tmp_path, {"staleness": (6, 3, 0)})
+    assert (deeper.staleness, deeper.queue, deeper.partition) == ((6, 3, 0), None, (1, 3))
+    chosen = resumed_config(tmp_path, {"staleness": "auto"})
+    assert (chosen.queue, chosen.partition) == (None, "profile")
+    assert resumed_config(tmp_path, {"stages": 2}).options == {}
+
+
+def test_slow_steps_of_a_replay_are_on_the_stages_of_the_run(tmp_path: Path) -> None:
+    options = [option for option in OPTIONS if option not in ("--gradient-difference-every", "4", "1,3")]
+    begun, again = tmp_path / "begun", tmp_path / "again"
+    at = options.index("--partition")
+    train(*options[:at], "--partition", "1,2,3", *options[at + 1 :], "--stages", "4", "--option", "elastic=true",
+          "--out", str(begun))  # fmt: skip
+    train("--replay", str(begun), "--straggler", "stages=3,factor=1.1", "--engine", "sequential", "--out", str(again))
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (again, begun))
+    assert all(torch.equal(ours[name], value) for name, value in theirs.items())
+
+
+def test_torchrun_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each rank would begin a run of its own."""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="without torchrun"):
+        CliRunner().invoke(app, ["train", "--out", str(tmp_path / "run")], catch_exceptions=False)
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_belongs_to_the_run_cannot_be_changed(undisturbed: Path) -> None:

@@ -42,6 +42,17 @@ def train(folder, name, seed):
     losses = list(pipe.train(dist_net.batches(6, seed) if pipe.rank == 0 else None))
     dist_workers.save(folder, name, {{"losses": losses, "state": pipe.state_dict(), "argv": sys.argv[1:]}})
 
+def leave_work(folder):
+    import atexit, threading, time
+
+    def late(name):
+        time.sleep(0.5)
+        Path(folder, name).touch()
+
+    threading.Thread(target=late, args=["thread"]).start()
+    atexit.register(late, "registered")
+    sys.exit(0)
+
 def alone(folder):
     pipe = dist_net.pipeline(2, engine="sequential")
     dist_workers.save(folder, "alone", list(pipe.train(dist_net.batches(3, 1))))
@@ -65,6 +76,10 @@ if __name__ == "__main__":
 if __name__ == "__main__":
     stalewise.launch(alone, num_workers=1, args=[sys.argv[1]])
     print("after")
+""",
+    "work left": """
+stalewise.launch(leave_work, num_workers=1, args=[sys.argv[1]])
+print("after")
 """,
     "python -m": """
 stalewise.launch(train, num_workers=2, args=[sys.argv[1], "first", 1])
@@ -170,6 +185,12 @@ class TestScripts:
         assert_trained(script, "first", 1)
         assert sorted(script.output.split()) == ["after", *["between"] * 3]
         assert script.imports() == [*"001", "parent"]
+
+    def test_what_is_left_to_threads_and_handlers_is_done(self, finished: dict[str, Finished]) -> None:
+        script = finished["work left"]
+        assert (script.code, script.output) == (0, "after\n")
+        assert (script.folder / "thread").exists()
+        assert (script.folder / "registered").exists()
 
     @pytest.mark.parametrize("name", ["with a guard", "python -m"])
     def test_other_forms(self, name: str, finished: dict[str, Finished]) -> None:

@@ -247,6 +247,16 @@ class TestSilence:
                 1,
                 r" It waits for others itself, in the end for .*",
             ),
+            (
+                [("load", 9), ("wait for a message", 5), ("wait for a message", 5)],
+                1,
+                r" It waits for others itself, in the end for stage 0, which is alive, in load of batch 9 .*",
+            ),
+            (
+                [("wait for a message", 5), ("wait for a message", 5), ("backward", 3)],
+                0,
+                r" It waits for others itself, in the end for stage 2, which is alive, in backward of batch 3 .*",
+            ),
         ],
     )
     def test_who_keeps_others_waiting(

@@ -52,6 +52,8 @@ def test_what_is_no_action_of_a_program_has_a_name(tmp_path: Path) -> None:
     assert last_place(tmp_path, 1) == ("forward", 0)
     mine.enter("state_dict", None)
     assert last_place(tmp_path, 1) == ("state_dict", None)
+    mine.leave()
+    assert last_place(tmp_path, 1) == (None, 0)
 
 
 def test_a_second_pipeline_takes_over(tmp_path: Path) -> None:
@@ -65,7 +67,7 @@ def test_a_second_pipeline_takes_over(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"short", bytes(8) + b"\xff" * 40, b"\x7f" + bytes(47), b"\x01" + bytes(15) + b"\xff" * 32]
+    "content", [b"", b"short", bytes(8) + b"\xff" * 48, b"\x7f" + bytes(55), b"\x01" + bytes(23) + b"\xff" * 32]
 )
 def test_what_no_worker_wrote_says_nothing(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "place.0").write_bytes(content)

@@ -96,7 +96,7 @@ class CheckpointWriter:
     def submit(self, job: Job) -> None:
         """Begin to write; waits for the one before."""
         self.wait()
-        # Not a daemon: what was begun is written, also where the main thread ends before.
+        # Not a daemon: what was begun is written, also where a script ends well before.
         self._thread = threading.Thread(target=self._run, args=(job,), name="checkpoint writer")
         self._thread.start()
 

@@ -16,7 +16,7 @@ from stalewise.errors import ConfigError
 from stalewise.experiments.config import TrainConfig
 from stalewise.experiments.run_checkpoints import CHECKPOINTS
 
-__all__ = ["given_options", "resumed_config", "resumed_folder"]
+__all__ = ["begin_at", "given_options", "resumed_config", "resumed_folder"]
 
 _FIELDS = {"option": "options", "recv_timeout": "recv_timeout_s", "json": "display", "straggler": "stragglers"}
 _NOT_OF_THE_RUN = {"resume", "max_restarts"}
@@ -43,23 +43,27 @@ def given_options(context: typer.Context) -> set[str]:
     return {_FIELDS.get(name, name) for name in given - _NOT_OF_THE_RUN}
 
 
-def resumed_folder(path: Path) -> Path:
-    """The folder of the run that goes on, after every byte of the checkpoint was read.
+def resumed_folder(path: Path) -> tuple[Path, Path | None]:
+    """The folder of the run that goes on, and its checkpoint, of which every byte was read. Nothing is changed.
 
     Args:
-        path: that folder, or one of its checkpoints; then later ones are set aside, and it is the newest.
+        path: that folder, or one of its checkpoints.
 
     Raises:
-        CheckpointError: where the checkpoint is damaged; nothing was changed then.
+        CheckpointError: where the checkpoint is damaged.
     """
-    if not (path / MANIFEST).is_file():
-        if found := complete_checkpoints(path / CHECKPOINTS):
-            verify(found[0])
-        return path
-    verify(path)
-    for moved in set_aside(path.resolve()):
-        print(f"stalewise: {moved.name} is what was a later checkpoint of the run; it is not used", file=sys.stderr)
-    return path.resolve().parent.parent
+    is_checkpoint = (path / MANIFEST).is_file()
+    checkpoint = path.resolve() if is_checkpoint else next(iter(complete_checkpoints(path / CHECKPOINTS)), None)
+    if checkpoint is not None:
+        verify(checkpoint)
+    return checkpoint.parent.parent if is_checkpoint and checkpoint is not None else path, checkpoint
+
+
+def begin_at(checkpoint: Path | None) -> None:
+    """Set later checkpoints aside. Whoever calls this holds the folder's lock, so that no run makes more of them."""
+    if checkpoint is not None:
+        for moved in set_aside(checkpoint):
+            print(f"stalewise: {moved.name} is what was a later checkpoint of the run; it is not used", file=sys.stderr)
 
 
 def resumed_config(folder: Path, given: Mapping[str, Any]) -> TrainConfig:
@@ -80,8 +84,11 @@ def resumed_config(folder: Path, given: Mapping[str, Any]) -> TrainConfig:
             f"Leave {option} out, or begin another run."
         )
     changes = dict(given)
+    # What the run had beside what is given anew does not fit it.
     if changes.keys() & {"method", "stages"}:
-        # What the old method had does not fit the new one.
-        defaults = {"queue": None, "staleness": None, "partition": "profile"}
-        changes = {**defaults, **({"options": {}} if "method" in given else {}), **changes}
+        of_any_stages = {name: value for name, value in config.options.items() if not isinstance(value, list | tuple)}
+        options = {} if "method" in given else of_any_stages
+        changes = {"queue": None, "staleness": None, "partition": "profile", "options": options, **changes}
+    elif "staleness" in given:
+        changes = {"queue": None, **({"partition": "profile"} if given["staleness"] == "auto" else {}), **changes}
     return replace(config, **changes)

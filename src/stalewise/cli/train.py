@@ -10,8 +10,9 @@ from typing import Annotated, Any
 import typer
 
 from stalewise.cli.recipes import use_recipe
-from stalewise.cli.resumed import given_options, resumed_config, resumed_folder
+from stalewise.cli.resumed import begin_at, given_options, resumed_config, resumed_folder
 from stalewise.cli.stopped import says_how_to_go_on
+from stalewise.errors import ConfigError
 from stalewise.experiments.config import (
     DISPLAYS,
     ON_NAN,
@@ -29,6 +30,7 @@ from stalewise.experiments.straggler_options import STRAGGLER_HELP, parse_stragg
 from stalewise.experiments.training import run
 from stalewise.methods import METHOD_NAMES
 from stalewise.models import available_models
+from stalewise.runtime.job import in_launched_job
 
 __all__ = ["train"]
 
@@ -153,6 +155,11 @@ def train(
 
     Example: stalewise train --model resnet20 --data digits --stages 3 --method dsp --queue 1,1,0 --staleness 4,2,0
     """
+    if in_launched_job():
+        raise ConfigError(
+            "train starts the processes of its stages itself; call it once, without torchrun. For several hosts write "
+            "a script with stalewise.Pipeline."
+        )
     cuts = "profile" if partition == "profile" else parse_numbers(partition, "--partition")
     values: dict[str, Any] = {
         "model": model,
@@ -197,15 +204,17 @@ def train(
     }
     if resume is not None:
         given = given_options(context)
-        folder = resumed_folder(resume)
+        folder, checkpoint = resumed_folder(resume)
         resumed = resumed_config(folder, {name: values.get(name) for name in given})
         with locked_folder(folder), says_how_to_go_on(folder):
+            begin_at(checkpoint)
             run(resumed, folder, resume=True, max_restarts=max_restarts)
         return
-    config = TrainConfig(**values)
     if replay is not None:
-        repeated = replayed_config(replay, engine=engine, display=config.display)
-        config = replace(repeated, stragglers=config.stragglers)
+        repeated = replayed_config(replay, engine=engine, display=values["display"])
+        config = replace(repeated, stragglers=values["stragglers"])
+    else:
+        config = TrainConfig(**values)
     folder = out or _default_folder(config)
     with locked_folder(folder), says_how_to_go_on(folder):
         prepare_run_folder(folder, overwrite=overwrite)

@@ -15,9 +15,10 @@ from stalewise.pipeline import Pipeline
 from stalewise.runtime.job import restart_count
 from stalewise.runtime.resuming import ResumePoint
 
-__all__ = ["CHECKPOINTS", "METRICS", "Progress", "RunCheckpoints"]
+__all__ = ["CHECKPOINTS", "METRICS", "Progress", "RunCheckpoints", "times_resumed"]
 
 CHECKPOINTS = "checkpoints"
+_RESUMED = "resumed.jsonl"
 METRICS = "metrics.jsonl"
 
 
@@ -125,6 +126,12 @@ class RunCheckpoints:
         exact = self.point is None or self.point.exact
         now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         record = {"time": now, "restart": restart_count(), "exact": exact, "did": did}
-        with (self._folder / "resumed.jsonl").open("a", encoding="utf-8") as file:
+        with (self._folder / _RESUMED).open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         return did
+
+
+def times_resumed(folder: Path) -> int:
+    """How often the run in this folder was taken up."""
+    file = folder / _RESUMED
+    return len(file.read_bytes().splitlines()) if file.is_file() else 0

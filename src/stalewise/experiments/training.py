@@ -12,6 +12,8 @@ import os
 import sys
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -27,7 +29,7 @@ from stalewise.experiments.display import Display, make_display
 from stalewise.experiments.environment import describe_environment, typed_command
 from stalewise.experiments.optimizers import optimizer_recipe, schedule_recipe
 from stalewise.experiments.replay import order_summary, read_orders, write_orders
-from stalewise.experiments.run_checkpoints import Progress, RunCheckpoints
+from stalewise.experiments.run_checkpoints import Progress, RunCheckpoints, times_resumed
 from stalewise.experiments.run_method import kept_activations
 from stalewise.experiments.run_model import build_run_model
 from stalewise.experiments.run_plan import predict_step
@@ -68,7 +70,23 @@ def run(config: TrainConfig, path: Path, *, resume: bool = False, max_restarts: 
         ConfigError: where the configuration, model or data are not valid.
         WorkerError: where a worker failed.
     """
-    write_json(path / "config.json", config.as_dict())
+    with _config_kept_unless_resumed(path) if resume else nullcontext():
+        write_json(path / "config.json", config.as_dict())
+        _run(config, path, resume=resume, max_restarts=max_restarts)
+
+
+@contextmanager
+def _config_kept_unless_resumed(path: Path) -> Iterator[None]:
+    """What a run is resumed with becomes its configuration once the checkpoint is taken up, not where that fails."""
+    before, taken_up = (path / "config.json").read_bytes(), times_resumed(path)
+    try:
+        yield
+    finally:
+        if times_resumed(path) == taken_up:
+            (path / "config.json").write_bytes(before)
+
+
+def _run(config: TrainConfig, path: Path, *, resume: bool, max_restarts: int) -> None:
     if config.engine == "sequential":
         keep_freed_memory()
         train_worker(str(path), typed_command(), resume)

@@ -6,7 +6,7 @@
 
 The rule:
 
-    1  While no more than `least` batches are below, the next stage is about to starve: forward before anything else.
+    1  While no more than K-1-k batches are below, the next stage is about to starve: forward before anything else.
        Otherwise backward what has its gradient, and forward only where there is nothing to backward.
     2  Forward only while the batches in flight are at most m_k: the bound while something is slow, `least` otherwise.
     3  Something is slow while the mean duration of the last 64 updates is more than 7% above their 33rd percentile.

@@ -33,7 +33,6 @@ LEFT_S = 1.0
 def run_child(main: Callable[..., object], args: Sequence[Any]) -> NoReturn:
     """Call `main(*args)` as a worker and exit: 0, or 1 after a record of the failure was left in the store."""
     os.environ.pop(CHILD_VARIABLE, None)
-    threading.Thread(target=_end_with_parent, name="parent watch", daemon=True).start()
     signal.signal(signal.SIGTERM, _terminate)
     try:
         code = _call(main, args)
@@ -47,24 +46,27 @@ def run_child(main: Callable[..., object], args: Sequence[Any]) -> NoReturn:
 def _call(main: Callable[..., object], args: Sequence[Any]) -> int:
     """The exit code of a worker; a failure is recorded."""
     try:
-        main(*args)
+        try:
+            main(*args)
+        except SystemExit as error:
+            if error.code:
+                raise
         leave_job()
     except WorkerError:  # another worker's failure, which the parent shows
         return 1
     except KeyboardInterrupt:
         return 130
     except SystemExit as error:
-        if not error.code:
-            leave_job()
-        if not error.code or isinstance(error.code, int):
-            return error.code or 0
+        if isinstance(error.code, int):
+            return error.code
         report_failure(error)
         return 1
     except BaseException as error:
         report_failure(error)
         return 1
-    # What the script registered still runs.
+    # What the script left to its threads and what it registered still runs.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    cast(Any, threading)._shutdown()
     atexit._run_exitfuncs()
     return 0
 
@@ -77,8 +79,9 @@ def _exit_now(code: int) -> NoReturn:
     """
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     _end_helpers()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # nobody reads it any more
+            stream.flush()
     os._exit(code)
 
 
@@ -126,6 +129,7 @@ def import_and_run() -> NoReturn:
     A script is executed under another name than `__main__`; it may meet its own `launch` on the way, which then
     runs `main` and does not return.
     """
+    threading.Thread(target=_end_with_parent, name="parent watch", daemon=True).start()
     settings = json.loads(os.environ[CHILD_VARIABLE])
     # Where multiprocessing puts sockets, such as a data loader's: a process that is killed removes none of them.
     cast(Any, multiprocessing.current_process())._config["tempdir"] = settings["temporary"]

@@ -55,6 +55,7 @@ from stalewise.runtime.exchange import all_gather_json, all_gather_tensors, broa
 from stalewise.runtime.job import Job
 from stalewise.runtime.link import Receiver, Sender
 from stalewise.runtime.link_snapshot import LinkSnapshot, restore_links
+from stalewise.runtime.monitor import WAITING
 from stalewise.runtime.optimizer_exchange import share_optimizer_state
 from stalewise.runtime.patience import Patience
 from stalewise.runtime.place import Place
@@ -141,8 +142,9 @@ class DistributedEngine(Engine):
             tell=self._place.at,
         )
         courses = courses_of(program, replay)
-        self._elastic = ElasticRank(courses[job.rank], self._interpreter, self._links) if courses else None
-        self._feed = Feed((), stage.device)
+        self._elastic: ElasticRank | None = None
+        if courses:
+            self._elastic = ElasticRank(courses[job.rank], self._interpreter, self._links, wait=self._wait_for_arrival)
         self._drain = True
         self._draining = False
         ends: list[Receiver | Sender] = [*self._links.receivers, *self._links.senders]
@@ -206,17 +208,22 @@ class DistributedEngine(Engine):
         if self._elastic is not None:
             return self._another_elastic_batch(self._elastic)
         if self._links.activations_in is None:
-            with self._failures_reported("load", self.num_batches):
-                return not self._leaving and self._feed.another()
+            return self._load_another()
         with self._failures_reported("receive activation", self.num_batches):
             return self._links.activations_in.peek(self.num_batches).kind is MessageKind.ACTIVATION
+
+    def _load_another(self) -> bool:
+        with self._failures_reported("load", self.num_batches):
+            return not self._leaving and self._feed.another()
+
+    def _wait_for_arrival(self, batch: int) -> None:
+        with self._failures_reported(WAITING, batch):
+            self._links.wait_for_arrival(batch)
 
     def _another_elastic_batch(self, elastic: ElasticRank) -> bool:
         try:
             with self._failures_reported():
-                return elastic.until_forward(
-                    self.num_batches, self._first_batch, lambda: not self._leaving and self._feed.another()
-                )
+                return elastic.until_forward(self.num_batches, self._first_batch, self._load_another)
         except BaseException:
             self._failed = True
             raise
@@ -462,7 +469,7 @@ class DistributedEngine(Engine):
             batch: of the action, where it has one.
         """
         monitor = self._job.monitor
-        self._doing = action, batch
+        around, self._doing = self._doing, (action, batch)
         self._place.enter(action, batch)
         try:
             yield
@@ -478,13 +485,14 @@ class DistributedEngine(Engine):
             if (cause := monitor.cause()) is not None:
                 raise cause from None
             raise
-        self._doing = None
-        self._place.leave()
+        self._doing = around
+        if around is None or around[0] is None:
+            self._place.leave()
+        else:
+            self._place.enter(*around)
 
     def _described(self, action: str | None, batch: int | None) -> tuple[str | None, int | None]:
         """What goes on: as given, or what the interpreter does."""
-        if self._links.awaited_batch is not None:
-            return "wait for a message", self._links.awaited_batch
         if action is None and self._interpreter.action is not None:
             return self._interpreter.action.name.lower().replace("_", " "), self._interpreter.batch
         return action, batch

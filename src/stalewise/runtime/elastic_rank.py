@@ -21,12 +21,16 @@ class ElasticRank:
         course: decides, or repeats.
         interpreter: executes.
         links: where messages come from.
+        wait: `links.wait_for_arrival`, as the engine calls it.
     """
 
-    def __init__(self, course: Course, interpreter: Interpreter, links: StageLinks) -> None:
+    def __init__(
+        self, course: Course, interpreter: Interpreter, links: StageLinks, *, wait: Callable[[int], None]
+    ) -> None:
         self.course = course
         self._interpreter = interpreter
         self._links = links
+        self._wait = wait
         interpreter.stage.keep_buffers_of_recomputes()
 
     def until_forward(self, batch: int, first_batch: int, another: Callable[[], bool]) -> bool:
@@ -53,7 +57,7 @@ class ElasticRank:
                 activation_ready=head is MessageKind.ACTIVATION, gradients_waiting=self._links.gradients_waiting()
             )
             if kind is None:
-                self._links.wait_for_arrival(batch)
+                self._wait(batch)
             elif kind is Kind.FORWARD:
                 return another() if loads else True
             else:

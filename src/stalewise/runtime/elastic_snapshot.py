@@ -63,11 +63,6 @@ class ElasticSnapshot:
         links.on_received = self._note
         links.on_mark = self._marked
 
-    @property
-    def is_complete(self) -> bool:
-        """Whether all messages are known."""
-        return self._complete
-
     def complete(self) -> None:
         """Wait for the messages that are missing; they stay in their queues."""
         if self._complete:

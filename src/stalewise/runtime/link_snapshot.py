@@ -78,11 +78,6 @@ class LinkSnapshot:
         links.on_received = self._note
         self._finish_if_complete()
 
-    @property
-    def is_complete(self) -> bool:
-        """Whether all messages are known."""
-        return not self._missing
-
     def complete(self) -> None:
         """Wait for the messages that are missing; they stay in their queues."""
         for receiver, keys in self._expected:

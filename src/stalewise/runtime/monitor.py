@@ -35,7 +35,7 @@ from stalewise.runtime.failure import (
 )
 from stalewise.runtime.patience import Patience
 
-__all__ = ["Monitor"]
+__all__ = ["WAITING", "Monitor"]
 
 POLL_S = 0.2
 STATUS_S = 0.5
@@ -49,6 +49,8 @@ CAUSE_WAIT_S = 1.5
 _FROM_ABOVE = frozenset({"receive activation"})
 _FROM_BELOW = frozenset({"receive gradient", "receive loss"})
 """Actions that wait for a neighbour."""
+WAITING = "wait for a message"
+"""What an elastic rank does that waits for either of its neighbours."""
 
 
 @dataclass
@@ -139,17 +141,24 @@ class Monitor:
         sight = self._sights[rank]
         if time.monotonic() - self._looked_s > 2 * QUIET_S:  # the store is out of reach itself
             return ""
-        named = "It"
-        for _ in self._sights:
-            other = rank + 1 if sight.action in _FROM_BELOW else rank - 1 if sight.action in _FROM_ABOVE else rank
-            if self._silent_s(sight) >= QUIET_S or other == rank or not 0 <= other < len(self._sights):
-                break
+        named, seen = "It", {rank}
+        while self._silent_s(sight) < QUIET_S and (other := self._awaited_by(rank, seen)) is not None:
             rank, sight = other, self._sights[other]
+            seen.add(rank)
             named = f"It waits for others itself, in the end for {sight.who}, which"
         doing = f", {sight.doing}" if sight.doing else ""
         if self._silent_s(sight) >= QUIET_S:
             return f" {named} has shown no sign of life for {self._silent_s(sight):.1f} s{doing}."
         return f" {named} is alive{doing}{f' for {self._running_s - sight.since_s:.1f} s' if doing else ''}."
+
+    def _awaited_by(self, rank: int, seen: set[int]) -> int | None:
+        """The neighbour that a rank waits for; of two, rather the one that waits for nobody. None: it does not wait."""
+        action = self._sights[rank].action
+        above = [rank - 1] if action == WAITING or action in _FROM_ABOVE else []
+        below = [rank + 1] if action == WAITING or action in _FROM_BELOW else []
+        others = [other for other in (*below, *above) if 0 <= other < len(self._sights) and other not in seen]
+        waits = {WAITING, *_FROM_ABOVE, *_FROM_BELOW}
+        return min(others, key=lambda other: self._sights[other].action in waits, default=None)
 
     def report(self, error: BaseException, *, batch: int | None, action: str | None) -> None:
         """Record a failure of this worker, unless another one was first, which then is the `cause`."""

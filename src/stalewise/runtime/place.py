@@ -19,10 +19,12 @@ from stalewise.protocol.trace import KIND_CODES
 
 __all__ = ["Place", "keep_places_in", "last_place"]
 
-_PAGE = struct.Struct("<qq32s")
+_PAGE = struct.Struct("<qqq32s")
+"""What goes on, its batch, the last batch before one without, and a name."""
+_START = struct.Struct("<qq")
 _NOTHING, _NAMED, _FIRST_KIND = 0, 1, 2
 _NO_BATCH = -1
-_EMPTY = _PAGE.pack(_NOTHING, _NO_BATCH, b"")
+_EMPTY = _PAGE.pack(_NOTHING, _NO_BATCH, _NO_BATCH, b"")
 _folder: Path | None = None
 
 
@@ -52,17 +54,22 @@ class Place:
     def at(self, kind: Kind, batch: int) -> None:
         """This action of the program begins."""
         if self._page is not None:
-            _PAGE.pack_into(self._page, 0, _FIRST_KIND + KIND_CODES.index(kind), batch, b"")
+            _START.pack_into(self._page, 0, _FIRST_KIND + KIND_CODES.index(kind), batch)
 
     def enter(self, action: str | None, batch: int | None) -> None:
         """What this is called begins; None: it is not known yet what, but soon to be."""
         if self._page is not None and action is not None:
-            _PAGE.pack_into(self._page, 0, _NAMED, _NO_BATCH if batch is None else batch, action.encode())
+            of_batch = _NO_BATCH if batch is None else batch
+            _PAGE.pack_into(self._page, 0, _NAMED, of_batch, self._last_batch(self._page), action.encode())
 
     def leave(self) -> None:
         """Code of the user goes on; which batch was the last stays known."""
         if self._page is not None:
-            _PAGE.pack_into(self._page, 0, _NOTHING, _PAGE.unpack_from(self._page)[1], b"")
+            _START.pack_into(self._page, 0, _NOTHING, self._last_batch(self._page))
+
+    def _last_batch(self, page: mmap.mmap) -> int:
+        _, batch, before, _ = _PAGE.unpack_from(page)
+        return int(before if batch == _NO_BATCH else batch)
 
 
 def last_place(folder: Path, rank: int) -> tuple[str | None, int | None] | None:
@@ -71,7 +78,7 @@ def last_place(folder: Path, rank: int) -> tuple[str | None, int | None] | None:
     None where it has begun nothing, or that is unknown.
     """
     with suppress(OSError, struct.error, IndexError, UnicodeDecodeError):
-        code, batch, name = _PAGE.unpack(_file(folder, rank).read_bytes())
+        code, batch, _, name = _PAGE.unpack(_file(folder, rank).read_bytes())
         of_batch = batch if batch >= 0 else None
         if code == _NAMED:
             return name.rstrip(b"\0").decode(), of_batch

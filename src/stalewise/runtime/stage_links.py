@@ -71,8 +71,6 @@ class StageLinks:
         self._neighbours = {rank: str(job.members[rank]) for rank in neighbours}
         self._explain = job.monitor.explain
         self.arrivals = threading.Event()
-        self.awaited_batch: int | None = None
-        """Set while `wait_for_arrival` waits, and where it waited in vain."""
 
         def endpoint(what: str, sender: int, receiver: int) -> Endpoint:
             peer = receiver if job.rank == sender else sender
@@ -256,7 +254,7 @@ class StageLinks:
         """
         for receiver in self.receivers:
             receiver.check(batch)
-        allowed_s, self.awaited_batch = self._patience.message_s, batch
+        allowed_s = self._patience.message_s
         came = any(self.arrivals.wait(slice_s) for slice_s in self._patience.waits())
         for receiver in self.receivers:
             receiver.check(batch)
@@ -268,7 +266,6 @@ class StageLinks:
                 f"neither an activation of batch {batch} nor a gradient came in {allowed_s:.4g} s.{known} Look at the "
                 "logs of the neighbouring ranks first; raise recv_timeout_s only if a step really takes that long."
             )
-        self.awaited_batch = None
 
     def flush(self) -> None:
         """Wait until everything is sent."""
