@@ -53,6 +53,11 @@ def leave_work(folder):
     atexit.register(late, "registered")
     sys.exit(0)
 
+def talk():
+    for _ in range(2000):
+        print("a line of its own")
+        print("a line of its own", file=sys.stderr)
+
 def alone(folder):
     pipe = dist_net.pipeline(2, engine="sequential")
     dist_workers.save(folder, "alone", list(pipe.train(dist_net.batches(3, 1))))
@@ -80,6 +85,9 @@ if __name__ == "__main__":
     "work left": """
 stalewise.launch(leave_work, num_workers=1, args=[sys.argv[1]])
 print("after")
+""",
+    "many voices": """
+stalewise.launch(talk, num_workers=3)
 """,
     "python -m": """
 stalewise.launch(train, num_workers=2, args=[sys.argv[1], "first", 1])
@@ -145,7 +153,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Finished]:
                     cwd=folder,
                     stdout=output,
                     stderr=subprocess.STDOUT,
-                    env={**os.environ, "OMP_NUM_THREADS": "1"},
+                    env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
                 ),
             )
     try:
@@ -191,6 +199,12 @@ class TestScripts:
         assert (script.code, script.output) == (0, "after\n")
         assert (script.folder / "thread").exists()
         assert (script.folder / "registered").exists()
+
+    def test_what_workers_print_stays_in_lines(self, finished: dict[str, Finished]) -> None:
+        """Unbuffered, Python writes the end of a line by itself, and another worker's line comes between."""
+        script = finished["many voices"]
+        assert script.code == 0, script.output
+        assert script.output == "a line of its own\n" * 12_000
 
     @pytest.mark.parametrize("name", ["with a guard", "python -m"])
     def test_other_forms(self, name: str, finished: dict[str, Finished]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import importlib
+import io
 import json
 import multiprocessing
 import os
@@ -130,6 +131,7 @@ def import_and_run() -> NoReturn:
     runs `main` and does not return.
     """
     threading.Thread(target=_end_with_parent, name="parent watch", daemon=True).start()
+    _print_whole_lines()
     settings = json.loads(os.environ[CHILD_VARIABLE])
     # Where multiprocessing puts sockets, such as a data loader's: a process that is killed removes none of them.
     cast(Any, multiprocessing.current_process())._config["tempdir"] = settings["temporary"]
@@ -141,6 +143,13 @@ def import_and_run() -> NoReturn:
         report_failure(error)
         _exit_now(1)
     run_child(main, settings["args"])
+
+
+def _print_whole_lines() -> None:
+    """What `print` writes goes out a line at a time, also under PYTHONUNBUFFERED: workers share stdout and stderr."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # None where it is closed
+            stream.reconfigure(line_buffering=True, write_through=False)
 
 
 def _module(settings: dict[str, Any]) -> ModuleType:
