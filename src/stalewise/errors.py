@@ -89,3 +89,11 @@ class WorkerError(StalewiseError):
         super().__init__(message)
         self.cause_type = cause_type
         self.cause = cause
+
+    @property
+    def wrong_input(self) -> bool:
+        """Whether the worker's own error was a `ConfigError`: its message says all, and it would come again."""
+        return self.cause_type in _WRONG_INPUT
+
+
+_WRONG_INPUT = frozenset(kind.__name__ for kind in (ConfigError, PlanError, DataError, CheckpointError))

@@ -22,15 +22,7 @@ from stalewise.cli.reproduce import reproduce
 from stalewise.cli.simulate import simulate
 from stalewise.cli.theory import theory
 from stalewise.cli.train import train
-from stalewise.errors import (
-    CheckpointError,
-    ConfigError,
-    DataError,
-    NonFiniteLoss,
-    PlanError,
-    StalewiseError,
-    WorkerError,
-)
+from stalewise.errors import ConfigError, NonFiniteLoss, StalewiseError, WorkerError
 
 __all__ = ["app", "run"]
 
@@ -71,9 +63,8 @@ def run() -> None:
     except ConfigError as error:
         _fail(error, 2)
     except WorkerError as error:
-        wrong_input = error.cause_type in _WRONG_INPUT
-        brief = wrong_input or error.cause_type == NonFiniteLoss.__name__
-        _fail(error.cause if brief else error, 2 if wrong_input else 1)
+        brief = error.wrong_input or error.cause_type == NonFiniteLoss.__name__
+        _fail(error.cause if brief else error, 2 if error.wrong_input else 1)
     except StalewiseError as error:
         _fail(error, 1)
     except BrokenPipeError:
@@ -90,9 +81,6 @@ def run() -> None:
             f"model's code, or is a defect of stalewise.\n{trace}",
             1,
         )
-
-
-_WRONG_INPUT = frozenset(kind.__name__ for kind in (ConfigError, PlanError, DataError, CheckpointError))
 
 
 def _fail(error: object, code: int) -> None:

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from stalewise.errors import ConfigError, DataError, PlanError, StalewiseError, WorkerError
+from stalewise.errors import ConfigError, StalewiseError, WorkerError
 from stalewise.experiments.comparison_folder import open_comparison
 from stalewise.experiments.comparison_plan import ComparisonPlan
 from stalewise.experiments.config import TrainConfig
@@ -311,9 +311,8 @@ def _plan_worker(folder: str, rows: Mapping[str, Mapping[str, Any]]) -> None:
 def _in_a_line(error: StalewiseError) -> str:
     """The cause without its traceback."""
     if isinstance(error, WorkerError) and error.cause_type:
-        # These messages speak for themselves.
-        plain = ("Killed", *(kind.__name__ for kind in (ConfigError, PlanError, DataError)))
-        text = error.cause if error.cause_type in plain else f"{error.cause_type}: {error.cause}"
+        speaks_for_itself = error.wrong_input or error.cause_type == "Killed"
+        text = error.cause if speaks_for_itself else f"{error.cause_type}: {error.cause}"
     else:
         text = str(error)
     return " ".join(text.split())[:300]
