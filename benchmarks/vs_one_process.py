@@ -83,7 +83,10 @@ class AllRanks(Side):
         super().__init__(task)
         self.depth = 0
         self._parallel = DataParallel(
-            unsplit(task, channels_last=channels_last), loss_fn=loss_fn, optimizer=optimizer, device="cpu"
+            unsplit(task, channels_last=channels_last),
+            loss_fn=loss_fn,
+            optimizer=optimizer,
+            device=torch.device("cpu"),
         )
 
     def train(self, batches: Sequence[Batch]) -> list[int]:

@@ -54,7 +54,7 @@ def train(folder: str, normalised: bool, compile: str | None) -> None:
         loss_fn=nn.functional.cross_entropy,
         optimizer=optimizer,
         lr_scheduler=scheduler,
-        device="cpu",
+        device=torch.device("cpu"),
         clip_grad_norm=0.5,
         compile=compile,
     )
@@ -67,7 +67,9 @@ def train(folder: str, normalised: bool, compile: str | None) -> None:
 
 def fail(folder: str) -> None:
     """Rank 1 fails while the others wait for its gradients."""
-    parallel = DataParallel(network(), loss_fn=nn.functional.cross_entropy, optimizer=optimizer, device="cpu")
+    parallel = DataParallel(
+        network(), loss_fn=nn.functional.cross_entropy, optimizer=optimizer, device=torch.device("cpu")
+    )
     for index, _ in enumerate(parallel.train(batches(0) * 3)):
         if index == 2 and parallel.rank == 1:
             raise ValueError("the third batch is bad")

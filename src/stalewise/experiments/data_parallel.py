@@ -10,18 +10,27 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from stalewise.data import Batches, DataSplit, load_data
+from stalewise.arguments import resolve_device
+from stalewise.data import DataSplit
 from stalewise.engine.compiled import backend_of
 from stalewise.engine.memory import resident_bytes
 from stalewise.engine.precision import Precision
 from stalewise.experiments.config import TrainConfig
 from stalewise.experiments.environment import describe_environment, typed_command
 from stalewise.experiments.optimizers import optimizer_recipe, schedule_recipe
+from stalewise.experiments.run_data import (
+    accuracy,
+    evaluation_batches,
+    is_evaluated_after,
+    load_run_data,
+    training_batches,
+)
 from stalewise.experiments.run_model import build_run_model
 from stalewise.experiments.run_writer import RunWriter, write_json
-from stalewise.experiments.training import accuracy, default_threads
+from stalewise.experiments.training import default_threads
 from stalewise.report import write_report
 from stalewise.runtime.data_parallel import DataParallel
+from stalewise.runtime.job import current_job
 from stalewise.runtime.launch import launch
 
 __all__ = ["data_parallel_worker", "run_data_parallel"]
@@ -53,19 +62,14 @@ def data_parallel_worker(folder: str, command: str) -> None:
     config = TrainConfig.read(path / "config.json")
     threads = config.threads or default_threads(config)
     torch.set_num_threads(threads)
-    data = load_data(
-        config.data,
-        data_dir=None if config.data_dir is None else Path(config.data_dir),
-        train_limit=config.train_limit,
-        test_limit=config.test_limit,
-    )
+    data = load_run_data(config)
     model = build_run_model(config, num_classes=data.num_classes)
     parallel = DataParallel(
         model if isinstance(model, nn.Sequential) else nn.Sequential(*model),
         loss_fn=nn.functional.cross_entropy,
         optimizer=optimizer_recipe(config),
-        lr_scheduler=schedule_recipe(config, num_updates=config.epochs * len(_batches(config, data, epoch=0))),
-        device=config.device,
+        lr_scheduler=schedule_recipe(config, num_updates=config.epochs * len(training_batches(config, data, 0))),
+        device=resolve_device(config.device, current_job()),
         seed=config.seed,
         clip_grad_norm=config.clip_grad_norm,
         precision=Precision(config.autocast),
@@ -104,19 +108,19 @@ def _train(config: TrainConfig, data: DataSplit, parallel: DataParallel, writer:
     for epoch in range(config.epochs):
         begin = time.perf_counter()
         losses = []
-        for loss in parallel.train(_batches(config, data, epoch=epoch)):
+        for loss in parallel.train(training_batches(config, data, epoch)):
             losses.append(loss)
             lr = parallel.learning_rate
             record({"event": "batch", "epoch": epoch + 1, "batch": batch, "loss": loss, "lr": lr})
             batch += 1
         epoch_s = time.perf_counter() - begin
         training_s += epoch_s
-        evaluates = (epoch + 1) % config.evaluate_every == 0 or epoch + 1 == config.epochs
+        evaluates = is_evaluated_after(config, epoch)
         result = {
             "event": "epoch",
             "epoch": epoch + 1,
             "train_loss": sum(losses) / len(losses),
-            "test_accuracy": parallel.evaluate(_batches(config, data, epoch=None), accuracy) if evaluates else None,
+            "test_accuracy": parallel.evaluate(evaluation_batches(config, data), accuracy) if evaluates else None,
             "lr": parallel.learning_rate,
             "samples_per_s": len(data.train) / epoch_s,
             "epoch_s": epoch_s,
@@ -133,19 +137,3 @@ def _train(config: TrainConfig, data: DataSplit, parallel: DataParallel, writer:
         "batches": batch,
         "epochs": config.epochs,
     }
-
-
-def _batches(config: TrainConfig, data: DataSplit, *, epoch: int | None) -> Batches:
-    """The training batches of an epoch; None: those of the test set."""
-    training = epoch is not None
-    return Batches(
-        data.train if training else data.test,
-        data.mean,
-        data.std,
-        batch_size=config.batch_size if training else max(config.batch_size, 100),
-        seed=config.seed,
-        epoch=epoch or 0,
-        shuffle=training,
-        augment=training and config.augment,
-        num_workers=config.loader_workers if training else 0,
-    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from stalewise.data import Batches, load_data
 from stalewise.engine.precision import Precision
 from stalewise.errors import ConfigError
 from stalewise.experiments.config import TrainConfig
-from stalewise.experiments.training import accuracy
+from stalewise.experiments.run_data import accuracy, evaluation_batches, load_run_data
 from stalewise.models import build_model
 
 __all__ = ["evaluate_run", "load_run_model"]
@@ -48,22 +48,9 @@ def evaluate_run(folder: Path, *, data: str | None, batch_size: int) -> dict[str
         batch_size: samples per batch.
     """
     config = TrainConfig.read(folder / "config.json")
-    split = load_data(
-        data or config.data,
-        data_dir=None if config.data_dir is None else Path(config.data_dir),
-        test_limit=config.test_limit,
-    )
+    split = load_run_data(replace(config, data=data or config.data, train_limit=None))
     model = load_run_model(folder, num_classes=split.num_classes).eval()
-    batches = Batches(
-        split.test,
-        split.mean,
-        split.std,
-        batch_size=batch_size,
-        seed=config.seed,
-        epoch=0,
-        shuffle=False,
-        augment=False,
-    )
+    batches = evaluation_batches(config, split, batch_size=batch_size)
     with torch.inference_mode(), Precision(config.autocast).region(torch.device("cpu")):
         correct = sum(float(accuracy(model(images), labels)) * len(labels) for images, labels in batches)
     samples = len(split.test)

@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,14 @@ from torch.nn.functional import cross_entropy
 
 from stalewise._version import __version__
 from stalewise.arguments import resolve_device
-from stalewise.data import Batches, default_cache_dir, load_data
+from stalewise.data import default_cache_dir
 from stalewise.engine.precision import Precision
 from stalewise.engine.split import Chain
 from stalewise.errors import ConfigError
 from stalewise.experiments.config import TrainConfig
 from stalewise.experiments.environment import processor_name
 from stalewise.experiments.optimizers import optimizer_recipe
+from stalewise.experiments.run_data import load_run_data, training_batches
 from stalewise.experiments.run_model import build_run_model
 from stalewise.experiments.run_writer import write_json
 from stalewise.plan.partition import LayerCost
@@ -221,22 +222,8 @@ def measure_run(config: TrainConfig, job: Job) -> ModelProfile:
 
 def first_batch(config: TrainConfig) -> tuple[list[Any], int]:
     """The first batch of a run, in a list, and the number of classes."""
-    data = load_data(
-        config.data,
-        data_dir=None if config.data_dir is None else Path(config.data_dir),
-        train_limit=config.train_limit,
-        test_limit=config.test_limit,
-    )
-    batches = Batches(
-        data.train,
-        data.mean,
-        data.std,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        epoch=0,
-        shuffle=True,
-        augment=config.augment,
-    )
+    data = load_run_data(config)
+    batches = training_batches(replace(config, loader_workers=0), data, 0)
     return list(islice(batches, 1)), data.num_classes
 
 

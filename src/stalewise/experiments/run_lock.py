@@ -42,14 +42,9 @@ def empty_folder(folder: Path) -> None:
 def locked_folder(folder: Path) -> Iterator[None]:
     """Inside, no other run may use the folder, which is made where it is missing.
 
-    Of a job whose processes a launcher started, rank 0 alone holds the lock.
-
     Raises:
         ConfigError: where another run uses it, naming that, or nothing can be written there.
     """
-    if os.environ.get("RANK", "0") != "0":
-        yield
-        return
     file, made = _lock(folder)
     try:
         yield

@@ -7,54 +7,46 @@
 
 from __future__ import annotations
 
-import math
+import json
 import os
 import sys
-import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
-from stalewise.data import Batches, DataSplit, load_data
 from stalewise.engine.nonfinite import NonFinitePolicy
 from stalewise.experiments.config import TrainConfig
 from stalewise.experiments.display import Display, make_display
 from stalewise.experiments.environment import describe_environment, typed_command
 from stalewise.experiments.optimizers import optimizer_recipe, schedule_recipe
+from stalewise.experiments.recorder import Recorder
 from stalewise.experiments.replay import order_summary, read_orders, write_orders
 from stalewise.experiments.run_checkpoints import Progress, RunCheckpoints, times_resumed
-from stalewise.experiments.run_method import kept_activations
+from stalewise.experiments.run_data import accuracy, is_evaluated_after, load_run_data, training_batches
 from stalewise.experiments.run_model import build_run_model
 from stalewise.experiments.run_plan import predict_step
 from stalewise.experiments.run_writer import RunWriter, write_json, write_timeline
 from stalewise.pipeline import Pipeline
 from stalewise.protocol.actions import Kind
-from stalewise.protocol.bottleneck import BottleneckWatch
 from stalewise.report import Timeline, write_chrome_trace, write_report
 from stalewise.runtime.allocator import keep_freed_memory
 from stalewise.runtime.cores import threads_per_process, usable_cores
 from stalewise.runtime.job import in_launched_job, restart_count
 from stalewise.runtime.launch import launch
 
-__all__ = ["accuracy", "run", "train_worker"]
+__all__ = ["default_threads", "run", "train_worker"]
 
 STEADY_STEPS = 200
 """From the middle of the run, over which a step is timed."""
 
 MAX_TRACE_RECORDS = 500_000
 """Actions in `trace.json`, about 160 bytes each; of a longer run it holds so many from the middle."""
-
-
-def accuracy(output: Tensor, target: Tensor) -> Tensor:
-    """Fraction of samples whose largest logit is the target's. output [B, classes], target [B]."""
-    return (output.argmax(dim=1) == target).float().mean()
 
 
 def run(config: TrainConfig, path: Path, *, resume: bool = False, max_restarts: int = 0) -> None:
@@ -78,12 +70,12 @@ def run(config: TrainConfig, path: Path, *, resume: bool = False, max_restarts: 
 @contextmanager
 def _config_kept_unless_resumed(path: Path) -> Iterator[None]:
     """What a run is resumed with becomes its configuration once the checkpoint is taken up, not where that fails."""
-    before, taken_up = (path / "config.json").read_bytes(), times_resumed(path)
+    before, taken_up = json.loads((path / "config.json").read_bytes()), times_resumed(path)
     try:
         yield
     finally:
         if times_resumed(path) == taken_up:
-            (path / "config.json").write_bytes(before)
+            write_json(path / "config.json", before)
 
 
 def _run(config: TrainConfig, path: Path, *, resume: bool, max_restarts: int) -> None:
@@ -112,14 +104,9 @@ def train_worker(folder: str, command: str, resume: bool = False) -> None:
     config = TrainConfig.read(path / "config.json")
     threads = config.threads or default_threads(config)
     torch.set_num_threads(threads)
-    data = load_data(
-        config.data,
-        data_dir=None if config.data_dir is None else Path(config.data_dir),
-        train_limit=config.train_limit,
-        test_limit=config.test_limit,
-    )
+    data = load_run_data(config)
     model = build_run_model(config, num_classes=data.num_classes)
-    num_batches = len(_training_batches(config, data, 0))
+    num_batches = len(training_batches(config, data, 0))
     pipeline = Pipeline(
         model,
         method=config.build_method(),
@@ -155,7 +142,7 @@ def train_worker(folder: str, command: str, resume: bool = False) -> None:
             make_display(config.display, path) as display,
             RunWriter(path, beginning=checkpoints.metrics()) as writer,
         ):
-            summary = _Recorder(config, data, pipeline, num_batches, writer, display, checkpoints).train()
+            summary = Recorder(config, data, pipeline, num_batches, writer, display, checkpoints).train()
             display.end(summary)
             _finish(path, pipeline, display, {**summary, **_usage(config, pipeline)})
     else:
@@ -174,7 +161,7 @@ def _follow(config: TrainConfig, pipeline: Pipeline, checkpoints: RunCheckpoints
     progress = checkpoints.progress
     batch = progress.batch + checkpoints.losses_on_the_way
     for epoch in range(progress.epoch, config.epochs):
-        evaluates = _evaluates_after(config, epoch)
+        evaluates = is_evaluated_after(config, epoch)
         for _ in pipeline.train(drain=evaluates):
             batch += 1
             if checkpoints.is_due(batch):
@@ -188,214 +175,6 @@ def default_threads(config: TrainConfig) -> int:
     if config.engine == "sequential" and not in_launched_job():
         return usable_cores()
     return threads_per_process(int(os.environ.get("LOCAL_WORLD_SIZE", config.stages)))
-
-
-class _Recorder:
-    """Rank 0's side of a run: reads the data, keeps the records, drives the display."""
-
-    def __init__(
-        self,
-        config: TrainConfig,
-        data: DataSplit,
-        pipeline: Pipeline,
-        num_batches: int,
-        writer: RunWriter,
-        display: Display,
-        checkpoints: RunCheckpoints,
-    ) -> None:
-        self._config = config
-        self._data = data
-        self._pipeline = pipeline
-        self._num_batches = num_batches
-        self._writer = writer
-        self._display = display
-        self._checkpoints = checkpoints
-        self._progress = progress = checkpoints.progress
-        self._start = time.perf_counter() - progress.elapsed_s
-        self._epoch_begin_s = progress.elapsed_s - progress.epoch_s
-        self._batch = progress.batch
-        self._measured = progress.measured
-        self._losses: list[float] = list(progress.losses)
-        self._training_s = progress.training_s
-        self._skips = config.on_nan == "skip"
-        self._skipped = progress.skipped
-        self._keeps_partition = checkpoints.point is None or not checkpoints.point.exact
-        locked = config.engine == "sequential" or 0 in config.build_method().staleness.slack[:-1]
-        self._watch = BottleneckWatch(config.stages, locked=locked)
-
-    def train(self) -> dict[str, Any]:
-        """Train all epochs and return the summary."""
-        config = self._config
-        self._display.begin(config, self._num_batches, len(self._data.train))
-        result: dict[str, Any] = {}
-        for epoch in range(self._progress.epoch, config.epochs):
-            evaluates = _evaluates_after(config, epoch)
-            mean_loss = self._train_epoch(epoch, drain=evaluates)
-            epoch_s = self._elapsed() - self._epoch_begin_s
-            self._training_s += epoch_s
-            result = {
-                "event": "epoch",
-                "epoch": epoch + 1,
-                "train_loss": mean_loss,
-                "test_accuracy": self._evaluate() if evaluates else None,
-                "lr": self._pipeline.learning_rate,
-                "samples_per_s": len(self._data.train) / epoch_s,
-                "epoch_s": epoch_s,
-                "time_s": self._elapsed(),
-                **self._staleness_counts(),
-            }
-            self._record(result)
-            self._writer.flush()
-            self._epoch_begin_s = self._elapsed()
-        return {
-            "test_accuracy": result["test_accuracy"],
-            "train_loss": result["train_loss"],
-            "wall_time_s": self._elapsed(),
-            "training_s": self._training_s,
-            "samples_per_s": config.epochs * len(self._data.train) / self._training_s,
-            "batches": self._batch,
-            **({"skipped_batches": self._skipped} if self._skips else {}),
-            "epochs": config.epochs,
-        }
-
-    def _train_epoch(self, epoch: int, *, drain: bool) -> float | None:
-        """Mean loss of the batches whose losses came in this epoch; batches left in flight count in the next."""
-        start = self._checkpoints.start_batch(epoch)
-        batches: Any = () if start is None else _training_batches(self._config, self._data, epoch, start_batch=start)
-        for loss in self._checkpoints.take_losses_on_the_way():
-            self._record_loss(loss)
-        for loss in self._pipeline.train(batches, drain=drain):
-            self._record_loss(loss)
-            self._record_gradient_differences()
-            self._name_bottleneck()
-            if self._checkpoints.is_due(self._batch):
-                self._checkpoints.save(self._progress_in(epoch))
-        losses, self._losses = self._losses, []
-        return sum(losses) / len(losses) if losses else None
-
-    def _record_loss(self, loss: float) -> None:
-        if self._keeps_partition and self._pipeline.partition is not None:
-            self._keep_partition()
-        if self._skips and not math.isfinite(loss):
-            self._skipped += 1
-        else:
-            self._losses.append(loss)
-        self._record(
-            {
-                "event": "batch",
-                "epoch": self._batch // self._num_batches + 1,
-                "batch": self._batch,
-                "loss": loss,
-                "lr": self._pipeline.learning_rate,
-                "time_s": self._elapsed(),
-            }
-        )
-        self._batch += 1
-
-    def _progress_in(self, epoch: int) -> Progress:
-        return Progress(
-            epoch=epoch,
-            batch=self._batch,
-            losses=tuple(self._losses),
-            measured=self._measured,
-            training_s=self._training_s,
-            epoch_s=self._elapsed() - self._epoch_begin_s,
-            elapsed_s=self._elapsed(),
-            metrics_size=self._writer.flush(),
-            skipped=self._skipped,
-        )
-
-    def _record_gradient_differences(self) -> None:
-        for batch, stages in self._pipeline.gradient_differences[self._measured :]:
-            self._measured += 1
-            self._record(
-                {
-                    "event": "gradient_difference",
-                    "epoch": batch // self._num_batches + 1,
-                    "batch": batch,
-                    "stages": stages,
-                    "time_s": self._elapsed(),
-                }
-            )
-
-    def _name_bottleneck(self) -> None:
-        if self._watch.update(self._pipeline.statuses()):
-            found = self._watch.current
-            self._record(
-                {
-                    "event": "bottleneck",
-                    "batch": self._batch - 1,
-                    **({"kind": None} if found is None else found.as_dict()),
-                    "time_s": self._elapsed(),
-                }
-            )
-
-    def _staleness_counts(self) -> dict[str, Any]:
-        """Of elastic stages: backwards so far by realised staleness, per stage."""
-        counts = [status.get("staleness_counts") for status in self._pipeline.statuses()]
-        return {"staleness_counts": counts} if counts and all(counts) else {}
-
-    def _keep_partition(self) -> None:
-        self._keeps_partition = False
-        partition = self._pipeline.partition
-        assert partition is not None
-        fixed = isinstance(self._config.partition, tuple)
-        depth = None if self._pipeline.plan is None else self._pipeline.plan.depth
-        chosen = {} if depth is None else {"staleness": depth.as_dict(), "why": depth.why()}
-        write_json(
-            self._writer.path / "partition.json",
-            {
-                "method": "fixed" if fixed else "profile",
-                "activations": kept_activations(self._pipeline.method),
-                **partition.as_dict(),
-                **chosen,
-            },
-        )
-        if depth is not None:
-            # From now on the run is one of this staleness: for those who resume, replay or report it.
-            decided = replace(self._config, staleness=depth.staleness)
-            write_json(self._writer.path / "config.json", decided.as_dict())
-        self._display.partition(partition, depth)
-
-    def _evaluate(self) -> float:
-        split = self._data
-        batches = Batches(
-            split.test,
-            split.mean,
-            split.std,
-            batch_size=max(self._config.batch_size, 100),
-            seed=self._config.seed,
-            epoch=0,
-            shuffle=False,
-            augment=False,
-        )
-        return self._pipeline.evaluate(batches, accuracy)
-
-    def _record(self, record: dict[str, Any]) -> None:
-        self._writer.add(record)
-        self._display.show(record, self._pipeline.statuses())
-
-    def _elapsed(self) -> float:
-        return time.perf_counter() - self._start
-
-
-def _training_batches(config: TrainConfig, data: DataSplit, epoch: int, *, start_batch: int = 0) -> Batches:
-    return Batches(
-        data.train,
-        data.mean,
-        data.std,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        epoch=epoch,
-        shuffle=True,
-        augment=config.augment,
-        num_workers=config.loader_workers,
-        start_batch=start_batch,
-    )
-
-
-def _evaluates_after(config: TrainConfig, epoch: int) -> bool:
-    return (epoch + 1) % config.evaluate_every == 0 or epoch + 1 == config.epochs
 
 
 def _usage(config: TrainConfig, pipeline: Pipeline) -> dict[str, Any]:

@@ -25,7 +25,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from stalewise.engine.compiled import call_of, check_backend
 from stalewise.engine.precision import FULL_PRECISION, Precision
 from stalewise.runtime.exchange import all_gather_json
-from stalewise.runtime.job import Job, current_job
+from stalewise.runtime.job import current_job
+from stalewise.runtime.payload import nccl_fits
 
 __all__ = ["DataParallel"]
 
@@ -40,7 +41,7 @@ class DataParallel:
         loss_fn: (output, target) -> the mean loss over the samples.
         optimizer: parameters -> optimizer, the same on every rank.
         lr_scheduler: optimizer -> scheduler, stepped once per batch.
-        device: "auto" is this rank's GPU (ranks share GPUs where there are fewer), else the CPU.
+        device: of this rank.
         seed: of random layers; each rank draws its own numbers.
         clip_grad_norm: largest 2-norm of the model's gradient.
         precision: of forward and loss.
@@ -54,17 +55,17 @@ class DataParallel:
         loss_fn: Callable[[Tensor, Tensor], Tensor],
         optimizer: Callable[[Any], Optimizer],
         lr_scheduler: Callable[[Optimizer], LRScheduler] | None = None,
-        device: str = "auto",
+        device: torch.device,
         seed: int = 0,
         clip_grad_norm: float | None = None,
         precision: Precision = FULL_PRECISION,
         compile: str | None = None,
     ) -> None:
         self._job = current_job()
-        self._device = _device(device, self._job)
+        self._device = device
         self._module = model.to(self._device)
         self._parallel = DistributedDataParallel(
-            self._module, process_group=_gradient_group(self._job, self._device), gradient_as_bucket_view=True
+            self._module, process_group=self._gradient_group(), gradient_as_bucket_view=True
         )
         check_backend(compile, self._device)
         self._call = call_of(self._parallel, compile)
@@ -160,26 +161,15 @@ class DataParallel:
         self._module.train()
         return zero
 
+    def _gradient_group(self) -> dist.ProcessGroup:
+        """NCCL where every rank has a GPU to itself; else the job's own group, through host memory."""
+        if not nccl_fits(self._job, self._device):
+            return self._job.group
+        group: dist.ProcessGroup = dist.new_group(backend="nccl")
+        return group
+
     def _sum(self, value: float) -> float:
         """The sum over ranks."""
         total = torch.tensor([value], dtype=torch.float64)
         dist.all_reduce(total, group=self._job.group)
         return total.item()
-
-
-def _device(device: str, job: Job) -> torch.device:
-    if device == "auto":
-        if not torch.cuda.is_available():
-            return torch.device("cpu")
-        return torch.device("cuda", job.local_rank % torch.cuda.device_count())
-    return torch.device(device)
-
-
-def _gradient_group(job: Job, device: torch.device) -> dist.ProcessGroup:
-    """NCCL where every rank has a GPU to itself; else the job's own group, through host memory."""
-    places = all_gather_json([job.members[job.rank].host, device.type, device.index], job.group)
-    own_gpus = all(kind == "cuda" for _, kind, _ in places) and len({tuple(place) for place in places}) == len(places)
-    if own_gpus and job.world_size > 1 and dist.is_nccl_available():
-        group: dist.ProcessGroup = dist.new_group(backend="nccl")
-        return group
-    return job.group

@@ -12,7 +12,14 @@ import torch.distributed as dist
 from stalewise.runtime.exchange import all_gather_json
 from stalewise.runtime.job import Job
 
-__all__ = ["payload_groups"]
+__all__ = ["nccl_fits", "payload_groups"]
+
+
+def nccl_fits(job: Job, device: torch.device) -> bool:
+    """Whether every rank of several has a GPU to itself, and torch knows NCCL. Collective: all ranks call it."""
+    places = all_gather_json([job.members[job.rank].host, device.type, device.index], job.group)
+    own_gpus = all(kind == "cuda" for _, kind, _ in places) and len({tuple(place) for place in places}) == len(places)
+    return own_gpus and job.world_size > 1 and dist.is_nccl_available()
 
 
 def payload_groups(job: Job, device: torch.device) -> dict[tuple[int, int], dist.ProcessGroup]:
@@ -20,9 +27,7 @@ def payload_groups(job: Job, device: torch.device) -> dict[tuple[int, int], dist
 
     Collective: all ranks call it.
     """
-    places = all_gather_json([job.members[job.rank].host, device.type, device.index], job.group)
-    own_gpus = all(kind == "cuda" for _, kind, _ in places) and len({tuple(place) for place in places}) == len(places)
-    if not own_gpus or job.world_size == 1 or not dist.is_nccl_available():
+    if not nccl_fits(job, device):
         return {}
     directions = [direction for rank in range(job.world_size - 1) for direction in ((rank, rank + 1), (rank + 1, rank))]
     groups = {direction: dist.new_group(sorted(direction), backend="nccl") for direction in directions}
