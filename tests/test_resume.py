@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,13 +17,14 @@ from dist_methods import VARIANTS
 from engine_nets import NETS, classification
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
-from resume_runs import SESSIONS, Outcome, method_of, pipeline, train
+from resume_runs import SESSIONS, Outcome, batches, method_of, pipeline, train
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 import stalewise
 from stalewise import DSP, CheckpointError, ConfigError
+from stalewise.checkpoint import writer
 from stalewise.methods import Method
 
 TOTAL = sum(count for count, _ in SESSIONS)
@@ -51,6 +53,27 @@ def test_every_method_goes_on_as_if_nothing_had_happened(
     assert_equal(vars(saved), vars(truth))
     resumed = train(pipeline(method_of(label)), losses=truth.losses[:stop], folder=tmp_path)
     assert_equal(vars(resumed), vars(truth))
+
+
+def test_what_a_run_that_was_left_still_writes_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the newest checkpoint, and with keep=1 the one before goes with its coming."""
+    pipe = pipeline(DSP.minimal(3))
+    list(pipe.train(batches(0)))
+    pipe.save(tmp_path, keep=1)
+    pipe.wait_saved()
+    publish = writer.publish
+
+    def late(*args: Any, **options: Any) -> Path:
+        time.sleep(0.3)
+        return publish(*args, **options)
+
+    monkeypatch.setattr(writer, "publish", late)
+    next(pipe.train(batches(1)))
+    pipe.save(tmp_path, keep=1)
+    del pipe
+    point = pipeline(DSP.minimal(3)).resume(tmp_path)
+    assert point.path.name.startswith("ckpt-000002-")
+    assert point.path.is_dir()
 
 
 @st.composite

@@ -85,6 +85,12 @@ def test_every_flipped_bit_is_found(name: str, data: st.DataObject, original: Pa
         verify(path)
 
 
+def test_a_change_of_the_manifest_that_changes_no_value_is_found(folder: Path) -> None:
+    path = find_checkpoint(folder) / MANIFEST
+    path.write_text(path.read_text().replace(": ", ":  ", 1))
+    refused(folder, "manifest.json is damaged: its checksum is wrong")
+
+
 def test_the_last_good_one_is_offered_also_where_two_are_damaged(folder: Path) -> None:
     newest, older = complete_checkpoints(folder)
     shutil.copytree(newest, folder / "ckpt-000003-batch-9")
@@ -103,7 +109,7 @@ def rewritten(path: Path, **changes: Any) -> None:
     content = json.loads((path / MANIFEST).read_text())
     content.pop("checksum")
     content.update(changes)
-    (path / MANIFEST).write_text(json.dumps({**content, "checksum": _checksum(content)}))
+    (path / MANIFEST).write_text(json.dumps({**content, "checksum": _checksum(content)}, indent=1))
 
 
 @pytest.mark.parametrize(

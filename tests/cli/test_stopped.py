@@ -22,7 +22,7 @@ RUN = [
         ((), "stopped; {} has no checkpoint to go on from, which --checkpoint-every N would leave."),
         (
             ("--checkpoint-every", "2", "--keep", "1"),
-            "stopped; ckpt-000001-batch-5 is kept. To go on: stalewise train --resume {}",
+            "stopped; ckpt-000002-batch-5 is kept. To go on: stalewise train --resume {}",
         ),
     ],
 )

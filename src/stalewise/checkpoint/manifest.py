@@ -82,8 +82,7 @@ class Manifest:
 
     def text(self) -> str:
         """The content of the file."""
-        content = {"format": FORMAT, **asdict(self)}
-        return json.dumps({**content, "checksum": _checksum(content)}, indent=1)
+        return _text({"format": FORMAT, **asdict(self)})
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
@@ -94,7 +93,8 @@ class Manifest:
         """
         path = folder / MANIFEST
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            text = path.read_text(encoding="utf-8")
+            content = json.loads(text)
             claimed = content.pop("checksum")
             version = content.pop("format")
         except OSError as error:
@@ -106,8 +106,11 @@ class Manifest:
                 f"{path} is of format {version!r}, and this release reads format {FORMAT}; use the release that wrote "
                 f"it ({content.get('stalewise', 'unknown')})."
             )
-        if claimed != _checksum({"format": version, **content}):
+        # A changed digit may give the same number, and a space nothing at all: the text itself has to be right, too.
+        content = {"format": version, **content}
+        if claimed != _checksum(content) or text != _text(content):
             raise CheckpointError(f"{path} is damaged: its checksum is wrong.")
+        content.pop("format")
         return cls._checked(path, content)
 
     @classmethod
@@ -139,6 +142,10 @@ def file_checksum(path: Path) -> FileRecord:
             digest.update(chunk)
             size += len(chunk)
     return FileRecord(size=size, sha256=digest.hexdigest())
+
+
+def _text(content: Mapping[str, Any]) -> str:
+    return json.dumps({**content, "checksum": _checksum(content)}, indent=1)
 
 
 def _checksum(content: Mapping[str, Any]) -> str:

@@ -23,9 +23,10 @@ from stalewise.checkpoint.manifest import MANIFEST, FileRecord, Manifest, file_c
 from stalewise.checkpoint.stage_file import StagePart, stage_files, stage_records
 from stalewise.errors import SaveError
 
-__all__ = ["Attachment", "CheckpointWriter", "Job"]
+__all__ = ["Attachment", "CheckpointWriter", "Job", "wait_for_writers"]
 
 POLL_S = 0.02
+_THREAD = "checkpoint writer"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +98,7 @@ class CheckpointWriter:
         """Begin to write; waits for the one before."""
         self.wait()
         # Not a daemon: what was begun is written, also where a script ends well before.
-        self._thread = threading.Thread(target=self._run, args=(job,), name="checkpoint writer")
+        self._thread = threading.Thread(target=self._run, args=(job,), name=_THREAD)
         self._thread.start()
 
     def wait(self) -> None:
@@ -171,6 +172,16 @@ class CheckpointWriter:
                 )
             time.sleep(POLL_S)
         return found
+
+
+def wait_for_writers() -> None:
+    """Until this process writes no checkpoint any more: what a run that failed or was stopped had begun is whole then.
+
+    Whoever looks for the newest checkpoint calls this first; else it may appear, and an older one go, meanwhile.
+    """
+    for thread in threading.enumerate():
+        if thread.name == _THREAD:
+            thread.join()
 
 
 def _discard(job: Job, partial: Path) -> None:

@@ -12,6 +12,7 @@ import typer
 
 from stalewise.checkpoint.folder import complete_checkpoints, set_aside, verify
 from stalewise.checkpoint.manifest import MANIFEST
+from stalewise.checkpoint.writer import wait_for_writers
 from stalewise.errors import ConfigError
 from stalewise.experiments.config import TrainConfig
 from stalewise.experiments.run_checkpoints import CHECKPOINTS
@@ -52,11 +53,16 @@ def resumed_folder(path: Path) -> tuple[Path, Path | None]:
     Raises:
         CheckpointError: where the checkpoint is damaged.
     """
-    is_checkpoint = (path / MANIFEST).is_file()
-    checkpoint = path.resolve() if is_checkpoint else next(iter(complete_checkpoints(path / CHECKPOINTS)), None)
+    wait_for_writers()
+    if (path / MANIFEST).is_file():
+        checkpoint: Path | None = path.resolve()
+        folder = path.resolve().parent.parent
+    else:
+        checkpoint = next(iter(complete_checkpoints(path / CHECKPOINTS)), None)
+        folder = path
     if checkpoint is not None:
         verify(checkpoint)
-    return checkpoint.parent.parent if is_checkpoint and checkpoint is not None else path, checkpoint
+    return folder, checkpoint
 
 
 def begin_at(checkpoint: Path | None) -> None:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from stalewise.checkpoint.folder import complete_checkpoints
+from stalewise.checkpoint.writer import wait_for_writers
 
 __all__ = ["says_how_to_go_on"]
 
@@ -18,6 +19,7 @@ def says_how_to_go_on(folder: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
+        wait_for_writers()
         if kept := complete_checkpoints(folder / "checkpoints"):
             print(f"stopped; {kept[0].name} is kept. To go on: stalewise train --resume {folder}", file=sys.stderr)
         else:

@@ -12,6 +12,7 @@ import torch
 from stalewise.checkpoint.folder import find_checkpoint, verify
 from stalewise.checkpoint.manifest import MANIFEST, Manifest
 from stalewise.checkpoint.stage_file import read_stage, stage_files
+from stalewise.checkpoint.writer import wait_for_writers
 from stalewise.engine.engine import Cut
 from stalewise.errors import CheckpointError
 from stalewise.runtime.exchange import all_gather_json, broadcast_json
@@ -68,6 +69,7 @@ def locate(directory: Path, job: Job | None, *, missing_ok: bool) -> Path | None
                 return ""
             raise
 
+    wait_for_writers()
     text = agreed(found, job)
     if job is not None:
         text = broadcast_json(text, 0, job.group)
