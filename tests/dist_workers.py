@@ -6,6 +6,7 @@ import gc
 import os
 import queue
 import socket
+import sys
 import threading
 import time
 import weakref
@@ -35,6 +36,14 @@ def rank() -> int:
 def save(folder: str, name: str, value: Any) -> None:
     """Leave a result for the test: `name` of this rank."""
     torch.save(value, Path(folder) / f"{name}.{rank()}.pt")
+
+
+def one_leaves() -> None:
+    """Rank 1 ends its process amid the training; rank 0 loses its peer."""
+    pipe = dist_net.pipeline(2)
+    for _ in pipe.train(dist_net.batches(30, 1) if rank() == 0 else None):
+        if rank() == 1:
+            sys.exit(3)
 
 
 def load(folder: Path | str, name: str, num_workers: int) -> list[Any]:

@@ -22,7 +22,8 @@ from dist_equal import assert_equal
 from dist_workers import load
 
 import stalewise
-from stalewise.errors import ConfigError
+from stalewise.errors import ConfigError, WorkerError
+from stalewise.runtime import launch
 
 TESTS = Path(__file__).parents[1]
 
@@ -157,7 +158,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Finished]:
                 ),
             )
     try:
-        codes = {name: process.wait(90) for name, (_, process) in running.items()}
+        codes = {name: process.wait(400) for name, (_, process) in running.items()}
     finally:
         for _, process in running.values():
             process.kill()
@@ -183,7 +184,6 @@ def assert_trained(script: Finished, name: str, seed: int) -> None:
 
 @pytest.mark.dist
 @pytest.mark.slow
-@pytest.mark.timeout(100)
 class TestScripts:
     def test_without_a_guard(self, finished: dict[str, Finished]) -> None:
         """Two launches; each worker runs the script up to its own one, and nothing after it."""
@@ -229,6 +229,16 @@ class TestScripts:
             assert_trained(script, name, seed)
         assert script.output.split().count("after") == 1
         assert "Traceback" not in script.output
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_a_launcher_that_looks_late_still_names_who_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By then the others have told that they lost it."""
+    monkeypatch.setattr(launch, "POLL_S", 9.0)
+    with pytest.raises(WorkerError, match=r"^stage 1 .* exited with code 3 and gave no reason\.") as caught:
+        stalewise.launch(dist_workers.one_leaves, num_workers=2)
+    assert caught.value.cause_type == "Exited"
 
 
 class TestWhatCannotBeStarted:

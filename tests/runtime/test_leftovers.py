@@ -39,6 +39,25 @@ def test_shared_memory_of_the_dead_alone(tmp_path: Path, monkeypatch: pytest.Mon
     assert sorted(path.name for path in tmp_path.iterdir()) == ["psm_12", "sem.mp-12", "torch_123_1_0"]
 
 
+def test_a_worker_that_is_told_to_end_together_with_its_loader_ends_silently() -> None:
+    """Both signals wait until Python gets to them, and torch's handler of the second one raises an error."""
+    script = """
+        import os, signal
+        from stalewise.runtime import child
+        def died(number, frame):
+            raise RuntimeError("a process of the data loader died")
+        signal.signal(signal.SIGCHLD, died)
+        signal.signal(signal.SIGTERM, child._terminate)
+        both = {signal.SIGTERM, signal.SIGCHLD}
+        signal.pthread_sigmask(signal.SIG_BLOCK, both)
+        for number in both:
+            os.kill(os.getpid(), number)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, both)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGTERM, "")
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_while_a_failure_is_told_does_not_bring_the_interpreters_shutdown(number: signal.Signals) -> None:
     """Which may abort, and then prints what has nothing to do with the failure."""

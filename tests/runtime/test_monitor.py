@@ -27,7 +27,7 @@ def exits(monkeypatch: pytest.MonkeyPatch) -> queue.Queue[int]:
     """Codes that `os._exit` was called with; it returns."""
     codes: queue.Queue[int] = queue.Queue()
     monkeypatch.setattr(monitor_module.os, "_exit", codes.put)
-    monkeypatch.setattr(monitor_module, "GRACE_S", 0.2)
+    monkeypatch.setattr(monitor_module, "GRACE_S", WAIT_S)
     monkeypatch.setattr(monitor_module, "POLL_S", 0.01)
     monkeypatch.setattr(monitor_module, "STATUS_S", 0.02)
     monkeypatch.setattr(monitor_module, "CAUSE_WAIT_S", WAIT_S)
@@ -53,14 +53,29 @@ class TestMonitor:
             expected = f"stage {rank} stops because stage 1 failed, batch 5, backward: ValueError: no such luck"
             assert str(cause) == expected
             assert monitors[rank].cause() is cause
-            assert monitors[rank].wait_for_cause() is cause
+            for late in (boom(), PeerLost("stage 1 is gone")):
+                assert monitors[rank].report(late, batch=5, action=None) is cause
         for monitor in monitors:
             monitor.stop()
         assert woken[1].empty()
         assert monitors[1].cause() is None
         assert exits.empty()
 
-    def test_who_does_not_stop_is_ended(self, store: TCPStore, exits: queue.Queue[int]) -> None:
+    def test_who_asks_to_be_woken_after_a_failure_is_woken(self, store: TCPStore, exits: queue.Queue[int]) -> None:
+        monitors = [Monitor(rank, NAMES[:2]) for rank in range(2)]
+        monitors[1].report(boom(), batch=5, action="backward")
+        while monitors[0].cause() is None:
+            pass
+        woken: queue.Queue[WorkerError] = queue.Queue()
+        monitors[0].on_failure(woken.put)
+        assert woken.get(timeout=WAIT_S) is monitors[0].cause()
+        for monitor in monitors:
+            monitor.stop()
+
+    def test_who_does_not_stop_is_ended(
+        self, store: TCPStore, exits: queue.Queue[int], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(monitor_module, "GRACE_S", 0.2)
         monitors = [Monitor(rank, NAMES[:2]) for rank in range(2)]
         monitors[0].report(boom(), batch=None, action=None)
         assert exits.get(timeout=WAIT_S) == 1
@@ -70,15 +85,32 @@ class TestMonitor:
     def test_who_lost_a_peer_leaves_the_word_to_the_peer(self, store: TCPStore, exits: queue.Queue[int]) -> None:
         """The peer's record comes a moment after its connection closed."""
         monitors = [Monitor(rank, NAMES[:2]) for rank in range(2)]
+        causes: queue.Queue[WorkerError | None] = queue.Queue()
         lost = threading.Thread(
-            target=monitors[0].report, args=[PeerLost("stage 1 is gone")], kwargs={"batch": 1, "action": None}
+            target=lambda: causes.put(monitors[0].report(PeerLost("stage 1 is gone"), batch=1, action=None))
         )
         lost.start()
         monitors[1].report(ConfigError("that was me"), batch=1, action="forward")
         lost.join(WAIT_S)
         assert json.loads(store.get(failure_key()))["type"] == "ConfigError"
+        assert str(causes.get(timeout=WAIT_S)).endswith(
+            "stage 1 failed, batch 1, forward: stalewise.errors.ConfigError: that was me"
+        )
         for monitor in monitors:
             monitor.stop()
+
+    @pytest.mark.parametrize("error", [PeerLost("stage 1 is gone"), RuntimeError("Connection closed by peer")])
+    def test_what_was_recorded_is_not_waited_for_again(
+        self, error: Exception, store: TCPStore, exits: queue.Queue[int], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """An error passes through as many reports as there are things going on around it."""
+        monitor = Monitor(0, NAMES[:2])
+        monkeypatch.setattr(monitor_module, "CAUSE_WAIT_S", 0.01)
+        assert monitor.report(error, batch=1, action="receive gradient") is None
+        monkeypatch.setattr(monitor_module, "CAUSE_WAIT_S", 1e6)
+        assert monitor.report(error, batch=1, action=None) is None
+        assert json.loads(store.get(failure_key()))["action"] == "receive gradient"
+        monitor.stop()
 
     def test_who_is_second_is_told_of_the_first(self, store: TCPStore, exits: queue.Queue[int]) -> None:
         """Two time out at the same moment: one is the cause, the other stops because of it."""
@@ -120,6 +152,7 @@ class TestMonitor:
     def test_a_launcher_that_is_gone_ends_the_job(
         self, store: TCPStore, exits: queue.Queue[int], monkeypatch: pytest.MonkeyPatch
     ) -> None:
+        monkeypatch.setattr(monitor_module, "GRACE_S", 0.2)
         woken: queue.Queue[WorkerError] = queue.Queue()
         monitor = Monitor(0, NAMES[:1])
         monkeypatch.setattr(monitor, "_store", _Gone())
@@ -177,6 +210,16 @@ class TestSilence:
         assert str(cause).endswith("gone. stage 0 is in receive gradient of batch 7. Look at the log of rank 1 first.")
         record = json.loads(store.get(failure_key()))
         assert (record["rank"], record["who"], record["batch"], record["action"]) == (1, "stage 1", 8, "forward")
+        watching.stop()
+
+    def test_who_has_failed_itself_misses_nobody(self, store: TCPStore, exits: queue.Queue[int]) -> None:
+        """Its own account of the same silence, a message that did not come, was quicker."""
+        watching = Monitor(0, NAMES[:2])
+        error = ReceiveTimeout("got no gradient of batch 3 from stage 1")
+        watching.report(error, batch=3, action="receive gradient")
+        watching._miss(1, watching._sights[1])
+        assert watching.cause() is None
+        assert failure_header(error) == "stage 0 failed, batch 3, receive gradient:"
         watching.stop()
 
     def test_one_that_has_nothing_to_do_is_not(self, store: TCPStore, exits: queue.Queue[int]) -> None:

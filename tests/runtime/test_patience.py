@@ -51,4 +51,4 @@ def test_a_number_of_the_users_is_kept() -> None:
 
 
 def test_signs_of_life() -> None:
-    assert (Patience().silence_s, Patience(1.0).silence_s, Patience(60.0).silence_s) == (30.0, 5.0, 60.0)
+    assert (Patience().silence_s, Patience(1.0).silence_s, Patience(60.0).silence_s) == (30.0, 5.0, 90.0)

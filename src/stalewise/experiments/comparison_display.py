@@ -22,6 +22,9 @@ __all__ = ["ComparisonDisplay", "JsonLines", "TextLines"]
 class ComparisonDisplay:
     """Shows nothing; the others show more."""
 
+    def made(self, done: int, total: int) -> None:
+        """So many of the runs that take place beside each other, before the comparisons that use them, have ended."""
+
     def begin(self, config: ComparisonConfig, path: Path) -> None:
         """The comparison begins, or goes on."""
 
@@ -44,6 +47,9 @@ class ComparisonDisplay:
 
 class JsonLines(ComparisonDisplay):
     """A JSON object a line on the standard output, for programs."""
+
+    def made(self, done: int, total: int) -> None:
+        self._print({"event": "made", "done": done, "total": total})
 
     def begin(self, config: ComparisonConfig, path: Path) -> None:
         self._print({"event": "begin", "folder": str(path), "runs": len(list(config.runs())), **config.as_dict()})
@@ -72,6 +78,9 @@ class TextLines(ComparisonDisplay):
         self._number, self._total, self._width = 0, 0, 0
         self._seeds = 1
         self._since = time.perf_counter()
+
+    def made(self, done: int, total: int) -> None:
+        self._console.print(f"{done} of {plural(total, 'run')} made, several at a time", markup=False)
 
     def begin(self, config: ComparisonConfig, path: Path) -> None:
         shared = config.shared

@@ -16,7 +16,7 @@ import multiprocessing
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 from stalewise.errors import ConfigError
@@ -82,11 +82,11 @@ class SharedRuns:
         context = multiprocessing.get_context("spawn")
         # A process for each run, so that what one leaves behind is not the next one's.
         with ProcessPoolExecutor(jobs, mp_context=context, max_tasks_per_child=1) as pool:
-            waiting = {pool.submit(_make, self, config) for config in missing.values()}
-            while waiting:
-                if tell is not None:
-                    tell(len(missing) - len(waiting), len(missing))
-                _, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+            made = [pool.submit(_make, self, config) for config in missing.values()]
+            if tell is not None:
+                tell(0, len(made))
+                for done, _ in enumerate(as_completed(made), start=1):
+                    tell(done, len(made))
 
     def _running(self, config: TrainConfig) -> Path:
         """An empty folder for a run of this process."""

@@ -109,13 +109,23 @@ def _end_with_parent() -> None:
 
 
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:
-    _end_helpers()
-    raise SystemExit(128 + number)
+    try:
+        _end_helpers()
+    finally:
+        raise SystemExit(128 + number)
+
+
+def _pass(number: int, frame: FrameType | None) -> None:
+    pass
 
 
 def _end_helpers() -> None:
     """The processes of a data loader end first: one that meets the end of this one in a handshake complains of it."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise an error for each
+    # Torch would raise an error for each, and for one that came before it does so now. Not SIG_DFL, for which Python
+    # complains of one that came before.
+    with suppress(RuntimeError):
+        signal.signal(signal.SIGCHLD, _pass)
+    signal.signal(signal.SIGCHLD, _pass)
     helpers = [process for process in multiprocessing.active_children() if process.daemon]
     for process in helpers:
         process.kill()

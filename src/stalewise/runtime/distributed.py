@@ -44,7 +44,7 @@ from stalewise.engine.state import (
     optimizer_state,
     stage_state,
 )
-from stalewise.errors import ConfigError, PeerLost, StalewiseError
+from stalewise.errors import ConfigError
 from stalewise.protocol.course import Orders, courses_of
 from stalewise.protocol.program import Program
 from stalewise.protocol.stragglers import NO_STRAGGLERS, Stragglers
@@ -474,15 +474,9 @@ class DistributedEngine(Engine):
         try:
             yield
         except Exception as error:
-            lost = isinstance(error, PeerLost) or (
-                isinstance(error, RuntimeError) and not isinstance(error, StalewiseError) and "Connection" in str(error)
-            )
-            cause = monitor.wait_for_cause() if lost else monitor.cause()
-            if cause is not None:
-                raise cause from None
             action, batch = self._described(action, batch)
-            monitor.report(error, batch=batch, action=action)
-            if (cause := monitor.cause()) is not None:
+            cause = monitor.report(error, batch=batch, action=action)
+            if cause is not None:
                 raise cause from None
             raise
         self._doing = around

@@ -29,15 +29,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from stalewise.errors import (
-    CheckpointError,
-    ConfigError,
-    DataError,
-    NonFiniteLoss,
-    PlanError,
-    ProgramError,
-    WorkerError,
-)
+from stalewise.errors import ConfigError, NonFiniteLoss, ProgramError, WorkerError
 from stalewise.runtime.allocator import allocator_environment
 from stalewise.runtime.child import CHILD_VARIABLE, run_child
 from stalewise.runtime.cores import threads_per_process
@@ -53,11 +45,6 @@ MAX_SETTINGS_BYTES = 100_000
 
 TERMINATE_S = 3.0
 """Between asking the workers to end and ending them."""
-
-_FINAL = frozenset(
-    kind.__name__ for kind in (ConfigError, PlanError, DataError, CheckpointError, ProgramError, NonFiniteLoss)
-)
-"""Causes that would only come again."""
 
 _launches = 0
 
@@ -119,13 +106,17 @@ def launch(main: Callable[..., object], *, num_workers: int, args: Sequence[Any]
             _Workers(settings, num_workers, restart=restart).wait()
             return
         except WorkerError as error:
-            if restart == max_restarts or error.cause_type in _FINAL:
+            if restart == max_restarts or _would_come_again(error):
                 raise
             print(
                 f"stalewise: {str(error).rstrip()}\nstalewise: starting again, {restart + 1} of {max_restarts}",
                 file=sys.stderr,
                 flush=True,
             )
+
+
+def _would_come_again(error: WorkerError) -> bool:
+    return error.wrong_input or error.cause_type in (ProgramError.__name__, NonFiniteLoss.__name__)
 
 
 def _check_restarts(max_restarts: object) -> None:
@@ -225,8 +216,8 @@ class _Workers:
                 codes = [process.poll() for process in self._processes]
                 failed = [rank for rank, code in enumerate(codes) if code]
                 if failed:
-                    # Where one was killed, the others only lost it.
-                    raise self._reason(next((rank for rank in failed if _signal_of(codes[rank])), failed[0]))
+                    # Where one was killed, or left by itself, the others only lost it.
+                    raise self._reason(min(failed, key=lambda rank: (not _signal_of(codes[rank]), codes[rank] == 1)))
                 if all(code == 0 for code in codes):
                     return
                 time.sleep(POLL_S)
@@ -250,7 +241,8 @@ class _Workers:
             "traceback": ended,
         }
         stored = read_record(self._store.compare_set(failure_key(self._restart), "", json.dumps(record)))
-        if stored["type"] == "Exited":
+        left_by_itself = not name and code != 1
+        if stored["type"] == "Exited" or (left_by_itself and stored["type"] == "PeerLost"):
             return WorkerError(f"{ended} Look at its output above.", cause_type="Exited", cause=ended)
         if name and stored["type"] in ("Killed", "PeerLost"):
             memory = " The system may have run out of memory." if name == "SIGKILL" else ""

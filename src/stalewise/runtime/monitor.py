@@ -23,10 +23,11 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from stalewise.errors import PeerLost, ReceiveTimeout, WorkerError
+from stalewise.errors import PeerLost, ReceiveTimeout, StalewiseError, WorkerError
 from stalewise.runtime.failure import (
     connect_to_store,
     describe_doing,
+    failure_header,
     failure_key,
     name_failure,
     rank_key,
@@ -119,8 +120,10 @@ class Monitor:
             self._thread.start()
 
     def on_failure(self, wake: Callable[[WorkerError], None]) -> None:
-        """Call `wake` when another worker has failed."""
+        """Call `wake` when another worker has failed; at once where one has."""
         self._wakers.append(wake)
+        if self._cause is not None:
+            wake(self._cause)
 
     def publish(self, status: Callable[[], dict[str, Any]], patience: Patience) -> None:
         """Show `status()` to the other ranks twice a second.
@@ -160,12 +163,18 @@ class Monitor:
         waits = {WAITING, *_FROM_ABOVE, *_FROM_BELOW}
         return min(others, key=lambda other: self._sights[other].action in waits, default=None)
 
-    def report(self, error: BaseException, *, batch: int | None, action: str | None) -> None:
-        """Record a failure of this worker, unless another one was first, which then is the `cause`."""
-        if self._cause is None and not (isinstance(error, PeerLost) and self._known.wait(CAUSE_WAIT_S)):
+    def report(self, error: BaseException, *, batch: int | None, action: str | None) -> WorkerError | None:
+        """Record a failure of this worker. Where another one failed first, that is recorded already, and returned.
+
+        One that lost a peer waits a moment for the peer's own account.
+        """
+        if self._cause is None and _is_lost_peer(error) and failure_header(error) is None:
+            self._known.wait(CAUSE_WAIT_S)
+        if self._cause is None:
             first = record_failure(error, rank=self._rank, who=self._who, batch=batch, action=action, store=self._store)
             if first is not None:
                 self._cause = self._because_of(first)
+        return self._cause
 
     def stop(self) -> None:
         """End the thread."""
@@ -175,11 +184,6 @@ class Monitor:
 
     def cause(self) -> WorkerError | None:
         """The failure of another worker that ended this one, if there was one."""
-        return self._cause
-
-    def wait_for_cause(self) -> WorkerError | None:
-        """The same, waiting a moment for it: for workers that lost a peer."""
-        self._known.wait(CAUSE_WAIT_S)
         return self._cause
 
     def _watch(self) -> None:
@@ -247,6 +251,8 @@ class Monitor:
             action=sight.action,
             store=self._store,
         )
+        if first is not None and first["rank"] == self._rank:
+            return  # which has just failed itself, and says so
         own = {"who": sight.who, "batch": sight.batch, "action": sight.action}
         self._end(first or {**own, "traceback": f"ReceiveTimeout: {text}"})
 
@@ -263,6 +269,12 @@ class Monitor:
     def _because_of(self, record: dict[str, Any]) -> WorkerError:
         first_line = record["traceback"].strip().splitlines()[-1]
         return WorkerError(f"{self._who} stops because {name_failure(record)}: {first_line}")
+
+
+def _is_lost_peer(error: BaseException) -> bool:
+    return isinstance(error, PeerLost) or (
+        isinstance(error, RuntimeError) and not isinstance(error, StalewiseError) and "Connection" in str(error)
+    )
 
 
 def _read_sign(text: bytes) -> tuple[int | None, dict[str, Any]]:

@@ -6,7 +6,8 @@ A wait ends too early where it is fixed and a step is slow, and too late where s
     later                                        MULTIPLE slowest steps so far, at least FLOOR_S
     no sign of life (see `monitor.Monitor`)      SILENCE_S, whatever goes on
 
-A user's own number replaces all of them.
+A user's own number replaces the first two, and one and a half times it, at least LEAST_SILENCE_S, the third: a message
+that does not come is the better account of who is missing.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class Patience:
     @property
     def silence_s(self) -> float:
         """For a sign of life."""
-        return SILENCE_S if self._fixed_s is None else max(LEAST_SILENCE_S, self._fixed_s)
+        return SILENCE_S if self._fixed_s is None else max(LEAST_SILENCE_S, 1.5 * self._fixed_s)
 
     def waits(self) -> Iterator[float]:
         """The time for a message in slices; each counts as long as it should take.
