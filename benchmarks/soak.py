@@ -6,9 +6,10 @@ and a checkpoint 100 times. Every process notes what it holds 400 times:
     python benchmarks/soak.py                     # 20,000 steps
     python benchmarks/soak.py --steps 400         # a short form
 
-After a tenth of the steps as warm-up, the medians of the first and of the last tenth of the notes that are left are
-compared. Required is that the resident memory of every process (the workers and the one that launched them) grows by
-less than 1%, and that no process has more file descriptors or threads at the end; else the exit code is 1. A run with
+After a tenth of the steps as warm-up, the first and the last tenth of the notes that are left are compared. Required is
+that the median resident memory of every process (the workers and the one that launched them) grows by less than 1%,
+and that no process has more file descriptors or threads at the end, of which the fewest count, as a checkpoint that is
+being written holds some for a while; else the exit code is 1. A run with
 `--folder` that was interrupted goes on from its newest checkpoint when it is started again; what its processes held is
 then judged for each start by itself.
 """
@@ -154,7 +155,10 @@ def judge(path: Path, warm_up: float) -> tuple[list[list[str]], list[str], list[
             times += [value for note in kept for value in note["times"]]
         part = max(1, len(kept) // 10)
         before, after = (
-            {what: statistics.median(note[what] for note in some) for what in ("resident", "descriptors", "threads")}
+            {
+                "resident": statistics.median(note["resident"] for note in some),
+                **{what: min(note[what] for note in some) for what in ("descriptors", "threads")},
+            }
             for some in (kept[:part], kept[-part:])
         )
         growth = after["resident"] / before["resident"] - 1

@@ -42,7 +42,7 @@ EXITS = {
 }
 
 STARTS = {
-    "one never starts": ("before the pipeline", 1, "wait for ever", 60.0, 1.5),
+    "one never starts": ("before the pipeline", 1, "wait for ever", 60.0, 6.0),
     "one is another version": ("before the pipeline", 2, "be another version"),
 }
 
@@ -50,7 +50,7 @@ SIGNALS = {
     **{f"kill stage {stage}": ("forward", stage, "kill") for stage in range(3)},
     "kill in the loader": ("data", 0, "kill"),
     "kill between two steps": ("loop", 1, "kill"),
-    **{f"stop stage {stage}": ("forward", stage, "stop", 1.5) for stage in range(3)},
+    **{f"stop stage {stage}": ("forward", stage, "stop", 2.5) for stage in range(3)},
     "terminate stage 1": ("forward", 1, "terminate"),
     "interrupt": ("loop over a loader", 0, "interrupt"),
     "kill parent": ("loop over a loader", 0, "kill parent"),

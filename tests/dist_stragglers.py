@@ -37,7 +37,7 @@ def train_each(**options: Any) -> dict[str, Any]:
 
 def watch_a_slow_stage() -> Bottleneck | None:
     """What rank 0 is told in a run whose stage 1 pauses in every step; the last statuses are waited for."""
-    pipeline = dist_net.pipeline(3, stragglers=stalewise.Straggler(stages=(1,), pause_s=0.02))
+    pipeline = dist_net.pipeline(3, stragglers=stalewise.Straggler(stages=(1,), pause_s=0.1))
     job, watch = current_job(), BottleneckWatch(3, locked=False)
     data = dist_net.batches(90, 8)
     for _ in pipeline.train(data):

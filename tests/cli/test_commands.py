@@ -27,7 +27,7 @@ def stalewise(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedP
         capture_output=True,
         text=True,
         cwd=cwd,
-        timeout=100,
+        timeout=400,
         env={**os.environ, "COLUMNS": "120", "NO_COLOR": "1"},
     )
 

@@ -16,8 +16,6 @@ from stalewise.cli.main import app
 from stalewise.experiments.run_writer import RunWriter
 from stalewise.pipeline import Pipeline
 
-pytestmark = [pytest.mark.timeout(280)]
-
 OPTIONS = [
     *("--model", "resnet8", "--data", "digits", "--train-limit", "40", "--test-limit", "16", "--batch-size", "8"),
     *("--epochs", "3", "--engine", "sequential", "--threads", "1", "--partition", "1,3", "--evaluate-every", "2"),

@@ -440,7 +440,9 @@ class TestResidentMemory:
         assert most is not None
         # Counters of the kernel that are kept apart, and a parent's peak may count in the second.
         assert 0.99 * now <= most <= 1.01 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        assert pipeline(BP(stages=2)).resident_memory() == [resident_bytes()] * 2
+        before, each = resident_bytes(), pipeline(BP(stages=2)).resident_memory()
+        assert before is not None
+        assert all(before <= held <= resident_bytes() for held in each)
 
     def test_elsewhere(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def fails(self: Path, **options: Any) -> str:

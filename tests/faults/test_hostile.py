@@ -11,7 +11,7 @@ import torch
 from dist_equal import assert_equal
 from dist_jobs import Ended, run_job
 
-pytestmark = [pytest.mark.dist, pytest.mark.slow, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 LOOPBACK = ("0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000")
 """As the kernel prints 127.0.0.1, the same mapped into IPv6, and ::1."""

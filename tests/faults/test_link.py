@@ -20,7 +20,6 @@ from tools.two_hosts import HOSTS, Host, TwoHosts, why_not
 pytestmark = [
     pytest.mark.dist,
     pytest.mark.slow,
-    pytest.mark.timeout(300),
     pytest.mark.skipif(why_not() is not None, reason=str(why_not())),
 ]
 

@@ -16,7 +16,7 @@ import pytest
 from dist_faults import FAULT_BATCH
 from dist_jobs import wait_until_gone
 
-pytestmark = [pytest.mark.dist, pytest.mark.slow, pytest.mark.timeout(110)]
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 SCRIPT = """
 import signal, sys

@@ -10,9 +10,9 @@ import pytest
 from dist_faults import FAULT_BATCH
 from dist_jobs import Ended
 
-pytestmark = [pytest.mark.dist, pytest.mark.slow, pytest.mark.timeout(110)]
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
-LIMIT_S = 10.0
+LIMIT_S = 40.0
 
 
 def name_of(job: Ended, stage: int) -> str:
@@ -70,7 +70,7 @@ def test_a_worker_is_stopped(stopped: int, ended: dict[str, Ended]) -> None:
     batch = int(header.rpartition("batch ")[2].partition(",")[0])
     assert FAULT_BATCH - 4 <= batch <= FAULT_BATCH
     assert header == f"{name_of(job, reporting)} failed, batch {batch}, receive {kind}:"
-    assert text.startswith(f"ReceiveTimeout: got no {kind} of batch {batch} from {name_of(job, silent)} in 1.5 s; ")
+    assert text.startswith(f"ReceiveTimeout: got no {kind} of batch {batch} from {name_of(job, silent)} in 2.5 s; ")
     assert text.endswith(
         f" Look at the log of rank {silent} first; raise recv_timeout_s only if a step really takes that long."
     )

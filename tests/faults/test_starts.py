@@ -7,16 +7,16 @@ import socket
 import pytest
 from dist_jobs import Ended
 
-pytestmark = [pytest.mark.dist, pytest.mark.slow, pytest.mark.timeout(110)]
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
-LIMIT_S = 10.0
+LIMIT_S = 40.0
 
 
 def test_a_rank_that_never_starts_is_named(ended: dict[str, Ended]) -> None:
     job = ended["one never starts"]
     assert (job.error, job.cause_type) == ("WorkerError", "ReceiveTimeout")
     assert (
-        "\nReceiveTimeout: rank 1 did not start in 1.5 s; ranks 0, 2 of 3 did. Look at the log of rank 1" in job.message
+        "\nReceiveTimeout: rank 1 did not start in 6 s; ranks 0, 2 of 3 did. Look at the log of rank 1" in job.message
     )
     assert job.seconds_until_gone < LIMIT_S
     assert (job.output, job.left) == ("", ())

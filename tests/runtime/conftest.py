@@ -26,7 +26,7 @@ def job_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path
                 stalewise.launch(dist_workers.in_a_group_of_the_users, num_workers=2, args=[str(folder)])
             else:
                 job = run_job("dist_workers:long_run", num_workers, [num_workers], folder)
-                assert job.error is None, job.message
+                assert (job.error, job.exit_code) == (None, 0), job.message
         return folders[num_workers]
 
     return of

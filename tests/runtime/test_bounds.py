@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from dist_workers import load
 
-pytestmark = [pytest.mark.dist, pytest.mark.slow, pytest.mark.timeout(100)]
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 STALENESS = (5, 2, 0)
 NUM_BATCHES = 30

@@ -16,7 +16,6 @@ import stalewise
 pytestmark = [
     pytest.mark.dist,
     pytest.mark.slow,
-    pytest.mark.timeout(300),
     pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="inductor needs a C++ compiler"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]

@@ -78,7 +78,7 @@ def test_a_job_warns_once(threads: str, tmp_path: Path) -> None:
         env={**environment, "THREADS": threads},
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=400,
         check=True,
     )
     assert done.stderr.count("2 ranks on this host run 128 threads") == (1 if threads else 0)

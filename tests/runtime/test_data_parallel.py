@@ -12,7 +12,7 @@ from torch import nn
 
 import stalewise
 
-pytestmark = [pytest.mark.dist, pytest.mark.slow, pytest.mark.timeout(100)]
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 
 def run(folder: Path, ranks: int, *, normalised: bool = False, compile: str | None = None) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ import stalewise
 from stalewise.protocol.course import realised_staleness, streams_of
 from stalewise.protocol.validate import run_streams
 
-pytestmark = [pytest.mark.dist, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.dist
 
 
 @pytest.fixture(scope="module")

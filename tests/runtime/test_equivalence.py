@@ -13,7 +13,7 @@ from dist_equal import assert_equal
 from dist_jobs import run_job
 from dist_workers import load
 
-pytestmark = [pytest.mark.dist, pytest.mark.slow, pytest.mark.timeout(100)]
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 JobFolder = Callable[[int], Path]
 
@@ -37,7 +37,7 @@ def test_long_run_under_random_delays(num_stages: int, job_folder: JobFolder) ->
 def test_long_run_between_hosts(tmp_path: Path) -> None:
     """What crosses hosts is received ahead, in parts; the numbers are the same, however a session ends."""
     job = run_job("dist_workers:long_run_between_hosts", 3, [3], tmp_path)
-    assert job.error is None, job.message
+    assert (job.error, job.exit_code) == (None, 0), job.message
     expected = asdict(dist_net.train_long(dist_net.pipeline(3, engine="sequential")))
     for rank, outcome in enumerate(load(tmp_path, "outcome", 3)):
         assert_equal(_without(outcome, "rates"), _without(expected, "rates"), f"rank {rank}")

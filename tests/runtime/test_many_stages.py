@@ -16,7 +16,6 @@ from dist_many import SAVED_AFTER, STAGES, pipeline, train
 
 @pytest.mark.dist
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_as_many_processes_as_stages(tmp_path: Path) -> None:
     ended = run_job("dist_many:worker", STAGES, [], tmp_path, timeout_s=200.0)
     assert (ended.error, ended.exit_code) == (None, 0), ended.message

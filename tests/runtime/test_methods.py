@@ -10,7 +10,7 @@ import torch
 
 import stalewise
 
-pytestmark = [pytest.mark.dist, pytest.mark.timeout(180)]
+pytestmark = pytest.mark.dist
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,6 @@ from torch import nn
 import stalewise
 from stalewise.checkpoint.batch_file import read_batch
 
-pytestmark = pytest.mark.timeout(180)
-
 
 @pytest.fixture(scope="module")
 def alone() -> dict[str, dict[str, Any]]:
@@ -70,7 +68,7 @@ def test_processes_skip_what_one_process_skips(tmp_path: Path, alone: dict[str, 
 def test_a_run_stops_where_the_loss_is_due(variant: str, tmp_path: Path) -> None:
     with pytest.raises(stalewise.NonFiniteLoss, match=r"batch 5 is (nan|inf) \(stage 2 computed it\).*batch-5\.json"):
         dist_nonfinite.stop_worker(str(tmp_path), variant)
-    assert len(torch.load(tmp_path / "losses0.pt")) == 5
+    assert len((tmp_path / "losses0.txt").read_text().splitlines()) == 5
     assert_equal(read_batch(tmp_path / "bad" / "batch-5.json"), data((5,))[5])
     assert sorted(path.name for path in (tmp_path / "bad").iterdir()) == ["batch-5.json", "batch-5.safetensors"]
 
@@ -83,7 +81,7 @@ def test_a_job_stops_with_the_batch_saved(variant: str, tmp_path: Path) -> None:
     assert caught.value.cause_type == "NonFiniteLoss"
     assert "the loss of batch 5 is nan (stage 2 computed it)" in caught.value.cause
     assert_equal(read_batch(tmp_path / "bad" / "batch-5.json"), data((5,))[5])
-    assert len(torch.load(tmp_path / "losses0.pt")) == 5
+    assert len((tmp_path / "losses0.txt").read_text().splitlines()) == 5
 
 
 def test_go_on_trains_with_every_batch() -> None:

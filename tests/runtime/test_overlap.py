@@ -14,7 +14,6 @@ import stalewise
 pytestmark = [
     pytest.mark.dist,
     pytest.mark.gpu,
-    pytest.mark.timeout(300),
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 

@@ -13,7 +13,7 @@ from dist_methods import VARIANTS
 from dist_resume import STOP, folder_of
 from resume_runs import method_of, pipeline, train
 
-pytestmark = [pytest.mark.dist, pytest.mark.timeout(180)]
+pytestmark = pytest.mark.dist
 
 
 @pytest.fixture(scope="module")
