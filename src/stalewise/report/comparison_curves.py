@@ -13,25 +13,11 @@ import numpy as np
 
 from stalewise.report.comparison_columns import percent_target
 from stalewise.report.comparison_data import Comparison, Curve, Spread, TableRow
+from stalewise.report.method_colours import method_colours
 from stalewise.report.svg import MUTED, draw_svg
 
 __all__ = ["beyond_the_picture", "curves", "key_line"]
 
-_FIXED = {
-    "bp": "#1f2937",
-    "dsp": "#2f6fc0",
-    "gpipe": "#e08a1e",
-    "1f1b": "#a8861a",
-    "ddg": "#2f9e6e",
-    "fr": "#8b55b0",
-    "pipedream": "#cf4b3f",
-    "dsp-stored": "#17a2c0",
-    "dni": "#d873a7",
-    "one-process": "#6b7280",
-    "data-parallel": "#a1a8b3",
-}
-"""A method keeps its colour from one comparison to the next."""
-_OTHERS = ("#7a8b2e", "#5b5fc7", "#b0673c", "#4d7f8c", "#9c3f6b", "#3f6b46")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p", "<", ">", "h", "d")
 
 _WIDTH, _HEIGHT = 520, 290
@@ -181,10 +167,8 @@ def _place(comparison: Comparison, row: TableRow) -> int:
 def _line(comparison: Comparison, row: TableRow) -> dict[str, Any]:
     """The look of a row's line, the same in all curves of a page."""
     place = _place(comparison, row)
-    strangers = [other.name for other in comparison.rows if other.name not in _FIXED]
-    colour = _FIXED.get(row.name) or _OTHERS[strangers.index(row.name) % len(_OTHERS)]
     return {
-        "color": colour,
+        "color": method_colours(other.name for other in comparison.rows)[row.name],
         "linewidth": 1.6 if row.baseline else 2.0,
         "linestyle": (0, (4, 2)) if row.baseline else "-",
         "marker": _MARKERS[place % len(_MARKERS)],

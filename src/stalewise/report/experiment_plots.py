@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
 from stalewise.report.experiment import HEADS, UNITS, Column, Plot, Row
+from stalewise.report.method_colours import method_colours
 from stalewise.report.svg import draw_svg
 
 __all__ = ["draw_plot"]
 
-_COLOURS = (
-    "#2563eb",
-    "#dc2626",
-    "#059669",
-    "#d97706",
-    "#7c3aed",
-    "#0891b2",
-    "#be185d",
-    "#4d7c0f",
-    "#6b7280",
-    "#92400e",
-)
+_STAGES = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2", "#be185d", "#4d7c0f", "#6b7280", "#92400e")
 _PANEL_WIDTH, _PANEL_HEIGHT, _LEGEND, _LEGEND_COLUMNS = 400, 250, 34, 6
 
 
@@ -52,7 +42,7 @@ def _curves(title: str, curves: Sequence[Row]) -> str:
         for y in ("loss", "accuracy")
         if any(row[x] and row["part"] == part for row in curves)
     ]
-    colours = _colours(row["method"] for row in curves)
+    colours = method_colours(row["method"] for row in curves)
     width, height = _PANEL_WIDTH * 2, _PANEL_HEIGHT * len(panels) // 2 + _legend_height(len(colours))
 
     def draw(figure: Any) -> None:
@@ -77,7 +67,7 @@ def _bars(column: Column, title: str, rows: Sequence[Row]) -> str:
     if not rows:
         return ""
     parts = _unique(row["part"] for row in rows)
-    colours = _colours(row["method"] for row in rows)
+    colours = method_colours(row["method"] for row in rows)
     slots = len(rows) + len(parts)
     width = max(_PANEL_WIDTH * 2, 60 + 18 * slots)
     height = _PANEL_HEIGHT + 40 + _legend_height(len(colours))
@@ -141,8 +131,8 @@ def _gradients(title: str, gradients: Sequence[Row]) -> str:
             own = [row for row in gradients if (row["part"], row["method"]) == (part, method)]
             for stage in range(stages):
                 places, values, lows, highs = _mean_curve(own, "batch", f"stage{stage}")
-                axes.plot(places, values, color=_COLOURS[stage % len(_COLOURS)], linewidth=1.2, label=f"stage {stage}")
-                axes.fill_between(places, lows, highs, color=_COLOURS[stage % len(_COLOURS)], alpha=0.12, linewidth=0)
+                axes.plot(places, values, color=_STAGES[stage % len(_STAGES)], linewidth=1.2, label=f"stage {stage}")
+                axes.fill_between(places, lows, highs, color=_STAGES[stage % len(_STAGES)], alpha=0.12, linewidth=0)
             for drop in _drops(own):
                 axes.axvline(drop, color="#9ca3af", linewidth=0.8, linestyle="--")
             axes.set_title(f"{part}: {method}", fontsize=11, loc="left")
@@ -185,7 +175,3 @@ def _finish(figure: Any, axes: Any, labels: int, height: int) -> None:
 
 def _unique(values: Iterable[Any]) -> list[Any]:
     return list(dict.fromkeys(values))
-
-
-def _colours(methods: Iterable[str]) -> Mapping[str, str]:
-    return {method: _COLOURS[place % len(_COLOURS)] for place, method in enumerate(_unique(methods))}
