@@ -74,6 +74,8 @@ def test_the_files_of_an_experiment(folder: Path) -> None:
     assert about["machine"]["cores"]
     assert about["parts"]["resnet8"]["data"] == "digits"
     assert about["command"] == "stalewise reproduce gradient-difference --scale smoke --seeds 2 --threads 1"
+    environments = [json.loads(path.read_text()) for path in (folder / "resnet8" / "runs").glob("*/environment.json")]
+    assert set(about["commits"]) == {environment["commit"] for environment in environments} - {None}
     assert str(folder) not in (folder / f"{STEM}.json").read_text()
 
 

@@ -5,7 +5,7 @@
     OUT/NAME-SCALE.csv           a line per method and part: means and deviations over seeds
     OUT/NAME-SCALE-curves.csv    a line per epoch of each run
     OUT/NAME-SCALE-gradients.csv a line per measurement of the gradient difference, where there are any
-    OUT/NAME-SCALE.json          scale, hardware, commit, deviations
+    OUT/NAME-SCALE.json          scale, hardware, commits, deviations
     OUT/NAME-SCALE-*.svg         plots
     OUT/report.html, report.md   all of it for people
 
@@ -159,14 +159,16 @@ def _write(
         if lines:
             _write_csv(path / f"{name}.csv", lines)
     first = found[0][1]
+    environments = _environments(path, found)
+    commits = [environment.get("commit") for environment in environments]
     about = {
         "experiment": experiment.name,
         "scale": scale,
         "seeds": seeds,
         "deviations": experiment.plan(scale).deviations,
         "machine": first.machine,
-        "devices": _environment(path, found).get("devices"),
-        "commit": _environment(path, found).get("commit"),
+        "devices": environments[0].get("devices") if environments else None,
+        "commits": [commit for commit in dict.fromkeys(commits) if commit],
         "command": f"stalewise reproduce {experiment.name} --scale {scale} --seeds {seeds}{options}",
         "parts": {part.name: _without_folders(comparison.settings) for part, comparison in found},
     }
@@ -195,13 +197,14 @@ def _write_csv(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
         writer.writerows(rows)
 
 
-def _environment(path: Path, found: Sequence[tuple[Part, Comparison]]) -> dict[str, Any]:
-    """Of the first run that is done."""
-    for part, comparison in found:
-        for row in comparison.rows:
-            for run in row.runs:
-                file = path / part.name / run.folder / "environment.json"
-                if run.state == "done" and file.is_file():
-                    environment: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-                    return environment
-    return {}
+def _environments(path: Path, found: Sequence[tuple[Part, Comparison]]) -> list[dict[str, Any]]:
+    """Of every run that is done."""
+    folders = [
+        path / part.name / run.folder
+        for part, comparison in found
+        for row in comparison.rows
+        for run in row.runs
+        if run.state == "done"
+    ]
+    files = [folder / "environment.json" for folder in folders]
+    return [json.loads(file.read_text(encoding="utf-8")) for file in files if file.is_file()]

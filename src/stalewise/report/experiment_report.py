@@ -84,7 +84,7 @@ def circumstances(about: dict[str, Any]) -> list[tuple[str, str]]:
         ("Hardware", f"{machine.get('processor')}, {machine.get('cores')} cores{f'; {gpus}' if gpus else ''}"),
         ("Devices", devices or "unknown"),
         ("Versions", f"stalewise {machine.get('stalewise')}, torch {machine.get('torch')}"),
-        ("Commit", about.get("commit") or "unknown"),
+        ("Commits", ", ".join(about.get("commits") or []) or "unknown"),
         ("Command", about.get("command") or "unknown"),
     ]
 
