@@ -27,6 +27,7 @@ from stalewise.experiments.config import TrainConfig
 from stalewise.experiments.cuts import plan_cuts
 from stalewise.experiments.data_parallel import run_data_parallel
 from stalewise.experiments.machine import machine
+from stalewise.experiments.run_model import check_run_model
 from stalewise.experiments.run_writer import prepare_run_folder, write_json
 from stalewise.experiments.shared_runs import SharedRuns
 from stalewise.experiments.training import run
@@ -234,6 +235,7 @@ class Runner:
         file = self.path / "partition.json"
         if not file.is_file():
             shared = self.path / ".shared.json"
+            check_run_model(self.config.shared)
             write_json(shared, asdict(self.config.shared))
             rows = {entry.name: asdict(entry) for entry in self.config.entries if not entry.baseline}
             try:

@@ -34,7 +34,7 @@ from stalewise.experiments.config import TrainConfig
 from stalewise.experiments.environment import processor_name
 from stalewise.experiments.optimizers import optimizer_recipe
 from stalewise.experiments.run_data import load_run_data, training_batches
-from stalewise.experiments.run_model import build_run_model
+from stalewise.experiments.run_model import build_run_model, check_run_model
 from stalewise.experiments.run_writer import write_json
 from stalewise.plan.partition import LayerCost
 from stalewise.plan.planner import BatchBytes
@@ -144,6 +144,7 @@ def profile_run(config: TrainConfig, *, refresh: bool = False) -> tuple[ModelPro
         raise ConfigError(
             f"cannot keep a profile in {path.parent}: {error.strerror}. Set STALEWISE_CACHE to a folder for it."
         ) from None
+    check_run_model(config)
     with tempfile.TemporaryDirectory(prefix="stalewise-profile-") as folder:
         write_json(Path(folder) / "config.json", config.as_dict())
         launch(profile_worker, num_workers=config.stages, args=[folder])

@@ -7,8 +7,23 @@ from torch import nn
 
 from stalewise.experiments.config import TrainConfig
 from stalewise.models import build_model
+from stalewise.plan.partition import check_room
 
-__all__ = ["build_run_model"]
+__all__ = ["build_run_model", "check_run_model"]
+
+
+def check_run_model(config: TrainConfig) -> None:
+    """Refuse a built-in model that cannot be, or that is cut too often, before there is a process for each stage.
+
+    A model of the user's own is built and refused where it is trained.
+
+    Raises:
+        ConfigError: where there is no such model.
+        PlanError: where it has fewer layers than the run has stages.
+    """
+    if ":" not in config.model:
+        with torch.device("meta"):
+            check_room(len(build_model(config.model, num_classes=10)), config.stages)
 
 
 def build_run_model(config: TrainConfig, *, num_classes: int) -> nn.Sequential | list[nn.Module]:

@@ -29,7 +29,7 @@ from stalewise.experiments.recorder import Recorder
 from stalewise.experiments.replay import order_summary, read_orders, write_orders
 from stalewise.experiments.run_checkpoints import Progress, RunCheckpoints, times_resumed
 from stalewise.experiments.run_data import accuracy, is_evaluated_after, load_run_data, training_batches
-from stalewise.experiments.run_model import build_run_model
+from stalewise.experiments.run_model import build_run_model, check_run_model
 from stalewise.experiments.run_plan import predict_step
 from stalewise.experiments.run_writer import RunWriter, write_json, write_timeline
 from stalewise.pipeline import Pipeline
@@ -62,6 +62,7 @@ def run(config: TrainConfig, path: Path, *, resume: bool = False, max_restarts: 
         ConfigError: where the configuration, model or data are not valid.
         WorkerError: where a worker failed.
     """
+    check_run_model(config)
     with _config_kept_unless_resumed(path) if resume else nullcontext():
         write_json(path / "config.json", config.as_dict())
         _run(config, path, resume=resume, max_restarts=max_restarts)
