@@ -11,7 +11,7 @@ from dist_jobs import Ended
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
-LIMIT_S = 40.0
+LIMIT_S = 10.0
 
 
 def name_of(job: Ended, stage: int) -> str:

@@ -9,7 +9,7 @@ from dist_jobs import Ended
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
-LIMIT_S = 40.0
+LIMIT_S = 10.0
 
 
 def test_a_rank_that_never_starts_is_named(ended: dict[str, Ended]) -> None:

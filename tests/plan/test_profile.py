@@ -96,7 +96,8 @@ class TestTimes:
             nn.Linear(64, 64),
         ]
         costs = profile(layers, torch.randn(64, 64), repeats=15)
-        assert max(range(5), key=lambda index: min(costs[index].passes_s)) == 2
+        assert max(range(5), key=lambda index: costs[index].forward_s or 0) == 2
+        assert max(range(5), key=lambda index: costs[index].backward_s or 0) == 2
         assert min(min(cost.forward_s or 0, cost.backward_s or 0) for cost in costs) > 0
 
     def test_forward_and_backward_are_told_apart(self, clock: Clock) -> None:
