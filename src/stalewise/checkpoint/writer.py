@@ -26,7 +26,6 @@ from stalewise.errors import SaveError
 __all__ = ["Attachment", "CheckpointWriter", "Job", "wait_for_writers"]
 
 POLL_S = 0.02
-_THREAD = "checkpoint writer"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +64,10 @@ class Job:
     attachments: Sequence[Attachment] = ()
 
 
+class _WriterThread(threading.Thread):
+    """Told from the threads of others by its class."""
+
+
 class CheckpointWriter:
     """See the module.
 
@@ -98,7 +101,7 @@ class CheckpointWriter:
         """Begin to write; waits for the one before."""
         self.wait()
         # Not a daemon: what was begun is written, also where a script ends well before.
-        self._thread = threading.Thread(target=self._run, args=(job,), name=_THREAD)
+        self._thread = _WriterThread(target=self._run, args=(job,), name="checkpoint writer")
         self._thread.start()
 
     def wait(self) -> None:
@@ -180,7 +183,7 @@ def wait_for_writers() -> None:
     Whoever looks for the newest checkpoint calls this first; else it may appear, and an older one go, meanwhile.
     """
     for thread in threading.enumerate():
-        if thread.name == _THREAD:
+        if isinstance(thread, _WriterThread):
             thread.join()
 
 
