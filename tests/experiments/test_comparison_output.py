@@ -104,6 +104,14 @@ def test_json_lines_are_for_programs(
     assert records[4]["rows"][0]["test_accuracy"]["mean"] == 0.8
 
 
+def test_runs_beside_each_other_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    for display in (JsonLines(), TextLines()):
+        display.progress(1, 2)
+    as_json, text = capsys.readouterr().out.splitlines()
+    assert json.loads(as_json) == {"event": "progress", "done": 1, "total": 2}
+    assert text == "1 of 2 runs ended, several at a time"
+
+
 def test_text_is_a_line_per_run(no_training: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     display = TextLines()
     compare(config(("bp", "dni"), seeds=1), tmp_path / "out", display=display)

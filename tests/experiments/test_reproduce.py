@@ -6,6 +6,7 @@ import csv
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from PIL import Image
 
 from stalewise.data import load_data
 from stalewise.errors import ConfigError
+from stalewise.experiments.comparison_display import ComparisonDisplay
 from stalewise.experiments.experiment import GeneratedImages
 from stalewise.experiments.generated_images import generate_images
 from stalewise.experiments.paper import experiment
@@ -24,10 +26,23 @@ from stalewise.report.experiment_plots import draw_plot
 STEM = "gradient-difference-smoke"
 
 
+class Counted(ComparisonDisplay):
+    """What a user is told of the runs beside each other."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[int, int]] = []
+
+    def progress(self, done: int, total: int) -> None:
+        self.told.append((done, total))
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("reproduce") / "runs"
-    assert reproduce(experiment("gradient-difference"), "smoke", path, seeds=2, jobs=2, overrides={"threads": 1}) == 0
+    plan: dict[str, Any] = {"seeds": 2, "jobs": 2, "overrides": {"threads": 1}}
+    display = Counted()
+    assert reproduce(experiment("gradient-difference"), "smoke", path, **plan, display=display) == 0
+    assert display.told == [(done, 4) for done in range(5)]
     return path
 
 

@@ -22,7 +22,7 @@ __all__ = ["ComparisonDisplay", "JsonLines", "TextLines"]
 class ComparisonDisplay:
     """Shows nothing; the others show more."""
 
-    def made(self, done: int, total: int) -> None:
+    def progress(self, done: int, total: int) -> None:
         """So many of the runs that take place beside each other, before the comparisons that use them, have ended."""
 
     def begin(self, config: ComparisonConfig, path: Path) -> None:
@@ -48,8 +48,8 @@ class ComparisonDisplay:
 class JsonLines(ComparisonDisplay):
     """A JSON object a line on the standard output, for programs."""
 
-    def made(self, done: int, total: int) -> None:
-        self._print({"event": "made", "done": done, "total": total})
+    def progress(self, done: int, total: int) -> None:
+        self._print({"event": "progress", "done": done, "total": total})
 
     def begin(self, config: ComparisonConfig, path: Path) -> None:
         self._print({"event": "begin", "folder": str(path), "runs": len(list(config.runs())), **config.as_dict()})
@@ -79,8 +79,8 @@ class TextLines(ComparisonDisplay):
         self._seeds = 1
         self._since = time.perf_counter()
 
-    def made(self, done: int, total: int) -> None:
-        self._console.print(f"{done} of {plural(total, 'run')} made, several at a time", markup=False)
+    def progress(self, done: int, total: int) -> None:
+        self._console.print(f"{done} of {plural(total, 'run')} ended, several at a time", markup=False)
 
     def begin(self, config: ComparisonConfig, path: Path) -> None:
         shared = config.shared

@@ -87,7 +87,7 @@ def reproduce(
     shared = SharedRuns(path.parent / "shared-runs")
     if jobs > 1:
         runs = _shareable([configs[part.name] for part in parts])
-        shared.fill(runs, jobs=jobs, tell=None if display is None else display.made)
+        shared.fill(runs, jobs=jobs, tell=None if display is None else display.progress)
     stem = f"{experiment.name}-{scale}{f'-{label}' if label else ''}"
     found: list[tuple[Part, Comparison]] = []
     for part in parts:
