@@ -144,7 +144,7 @@ def test_down_for_longer_than_the_timeout(finished: dict[str, Finished]) -> None
         assert f" from stage {silent} (rank {silent}, host {'host-b' if silent == 2 else 'host-a'}, pid " in cause
         assert f" in {RECV_TIMEOUT_S:g} s; " in cause
     stops = [line for line in job.outputs["host-a"].splitlines() if " stops because stage " in line]
-    assert len(stops) == 1, "of two stages one is the cause, and the other says so"
+    assert len(stops) == 1, f"of two stages one is the cause, and the other says so: {job.outputs['host-a']}"
     assert not list(job.folder.glob("result.*"))
 
 
